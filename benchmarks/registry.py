@@ -1,0 +1,52 @@
+"""All benchmarks: name -> ``module:function``.
+
+The function takes :class:`~benchmarks.harness.Options` and returns a list of
+reports. A new benchmark is one row here and one function there.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+from benchmarks.harness import Options, Report
+
+Benchmark = Callable[[Options], list[Report]]
+
+BENCHMARKS: dict[str, str] = {
+    "act_codec": "benchmarks.act_codec:run",
+    "adacc": "benchmarks.adacc:run",
+    "adacc_compiled": "benchmarks.adacc_compiled:run",
+}
+
+
+def load(name: str) -> Benchmark:
+    """The function of a benchmark.
+
+    Args:
+        name: a key of ``BENCHMARKS``.
+
+    Raises:
+        KeyError: there is none of that name; the text lists those that there are.
+    """
+    if name not in BENCHMARKS:
+        raise KeyError(f"no benchmark {name!r}; there are: {', '.join(sorted(BENCHMARKS))}")
+    module, _, function = BENCHMARKS[name].partition(":")
+    found: Benchmark = getattr(importlib.import_module(module), function)
+    return found
+
+
+def summary(name: str) -> str:
+    """The first line of the benchmark's module docstring, read without importing it.
+
+    Args:
+        name: a key of ``BENCHMARKS``.
+    """
+    import ast
+
+    spec = importlib.util.find_spec(BENCHMARKS[name].partition(":")[0])
+    if spec is None or spec.origin is None:
+        return "(missing)"
+    with open(spec.origin, encoding="utf-8") as file:
+        text = ast.get_docstring(ast.parse(file.read())) or ""
+    return text.partition("\n")[0]

@@ -1,0 +1,31 @@
+"""ygglight: recent systems papers as ordinary PyTorch Lightning strategies, callbacks and recipes.
+
+`import ygglight` registers the strategy names, after which `Trainer(strategy="adacc")` works. Lightning offers no
+entry point for strategies and checks a name before it loads any plugin, so the import is what makes a name known.
+That is also why this module imports Lightning, and why the console script lives beside it in `ygglight_launcher`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from ygglight.registry import register_strategies
+
+__version__ = "0.1.0"
+
+_SUBPACKAGES = ("callbacks", "data", "engines", "kernels", "modules", "strategies")
+
+__all__ = ["__version__", *_SUBPACKAGES]
+
+register_strategies()
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_SUBPACKAGES})

@@ -1,0 +1,17 @@
+"""Lightning callbacks: monitors, writers, model patches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ygglight.registry import load
+
+_CLASSES = {"AdaccMonitor": "ygglight.callbacks.adacc_monitor:AdaccMonitor"}
+
+__all__ = ["AdaccMonitor"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _CLASSES:
+        return load(_CLASSES[name])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,401 @@
+"""One call of a region between its forward and its backward: what autograd saved, and how each piece comes back.
+
+A frame is autograd's packing partner for one region call. In forward every saved tensor becomes a small
+:class:`Handle`; what the handle stands for is kept, compressed, or dropped and later run again from the tape. In
+backward the frame follows the plan's schedule as long as autograd reads in the planned order, and finds its way by
+itself when it does not (same values, more memory).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ygglight.compat.torch import retains_graph, storage_key
+from ygglight.engines.adacc.graph import Action, Policy
+from ygglight.engines.adacc.replay import ancestors, is_rebuildable, replaying, run_again
+from ygglight.engines.adacc.schedule import Schedule
+from ygglight.engines.adacc.tape import Ref, Tape
+from ygglight.engines.memory.meter import is_plain, tensors_in
+from ygglight.kernels.act_codec import CodecSpec, Packed, pack, unpack
+
+MUTATED = (
+    "one of the variables needed for gradient computation has been modified by an inplace operation: {shape} {dtype}, "
+    "saved in {region}, is no longer what it was when it was saved (raised by ygglight's adacc in autograd's stead)"
+)
+
+
+@dataclass(frozen=True)
+class RegionPlan:
+    """What a frame needs to carry out a policy.
+
+    Args:
+        policy: action per value id.
+        schedule: what each backward read does.
+        slots: value id per saved tensor, in the order in which forward saves them.
+        reads: index into ``slots`` per backward read, in the planned order.
+        signature: (operator, inputs, outputs) per traced operator: the tape must match it for the ids to mean the same.
+        specs: codec per compressed value.
+        fragile: value ids that forward overwrites after they were saved; reading them back is an error.
+    """
+
+    policy: Policy
+    schedule: Schedule
+    slots: tuple[int, ...]
+    reads: tuple[int, ...]
+    signature: list[Any]
+    specs: dict[int, CodecSpec] = field(default_factory=dict)
+    fragile: frozenset[int] = frozenset()
+
+    @property
+    def needs_tape(self) -> bool:
+        return Action.RECOMPUTE in self.policy.actions.values()
+
+
+class Handle:
+    """What autograd holds instead of a saved tensor."""
+
+    __slots__ = ("frame", "ref", "slot", "value", "version", "watched")
+
+    def __init__(self, frame: Frame, slot: int, value: int, ref: Ref, watched: Tensor | None) -> None:
+        self.frame, self.slot, self.value, self.ref = frame, slot, value, ref
+        self.watched = watched
+        """Shares its version counter with what was saved, so that a later in-place write shows."""
+        self.version = -1 if watched is None else watched._version
+
+    def __del__(self) -> None:
+        self.frame._dropped(self)
+
+
+class Opaque:
+    """A saved tensor that is not ours to manage (a DTensor, a sparse tensor): kept as it is."""
+
+    __slots__ = ("tensor", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.version = tensor, tensor._version
+
+
+class Frame:
+    """See module docstring.
+
+    Args:
+        name: of the region instance, for messages.
+        plan: what to do; None recomputes all that can be (profiling, or a forward that no plan knows).
+        tape: the tape of this call; None for a plan that recomputes nothing.
+        seed: of the stochastic rounding; differs between steps, micro-batches and instances.
+        is_state: storage key -> whether it is a parameter or buffer.
+        observer: told of every save, read and rebuilt value (profiling).
+
+    Attributes:
+        diverged: forward or backward left the plan; the results are right, the plan's memory promise is not.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        plan: RegionPlan | None,
+        tape: Tape | None,
+        seed: int = 0,
+        is_state: Callable[[Tensor], bool] = lambda _: False,
+        observer: Any = None,
+    ) -> None:
+        self.name, self.plan, self.tape, self.seed = name, plan, tape, seed
+        self._is_state, self._observer = is_state, observer
+        self.diverged = False
+        self._static = plan is not None
+        self._checked = 0
+        self._saved = 0
+        self._tick = 0
+        self._store: dict[int, Tensor] = {}
+        self._codes: dict[int, Packed] = {}
+        self._code_views: dict[int, Tensor] = {}
+        self._memo: dict[int, Tensor] = {}
+        self._escaped: dict[int, tuple[Tensor, int]] = {}
+        self._by_key: dict[int, int] = {}
+        self._held_tensors: dict[int, int] = {}
+        self._alive: dict[int, int] = {}
+        self._pending: set[int] = set()
+        self._saved_values: set[int] = set()
+        self._closed = False
+
+    # -- forward ---------------------------------------------------------------------------------------------------
+    def save(self, tensor: Tensor) -> Handle | Opaque:
+        """Autograd's pack hook."""
+        if not is_plain(tensor):
+            return Opaque(tensor.detach())
+        slot = self._saved
+        self._saved += 1
+        if self.tape is not None:
+            value = self.tape.value_of(tensor)
+            action = self._action_on_tape(value)
+        else:
+            value, action = self._action_by_order(slot, tensor)
+        watched = None
+        if action is Action.KEEP:
+            self._store.setdefault(value, tensor)
+            self._held_tensors[value] = self._held_tensors.get(value, 0) + 1
+            watched = tensor
+        elif action is Action.COMPRESS:
+            if value not in self._codes:
+                self._compress(value, tensor)
+            if self.tape is None:
+                watched = _sentinel(tensor)
+        ref = Ref(value, tensor.size(), tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
+        self._saved_values.add(value)
+        self._alive[slot] = value
+        self._pending.add(slot)
+        if self._observer is not None:
+            self._observer.saved(self, slot, value, action, tensor)
+        return Handle(self, slot, value, ref, watched)
+
+    def _action_on_tape(self, value: int) -> Action:
+        tape, plan = self.tape, self.plan
+        assert tape is not None
+        if plan is not None and not self.diverged:
+            seen = len(tape.signature)
+            if tape.signature[self._checked : seen] != plan.signature[self._checked : seen]:
+                self._leave_plan()
+            self._checked = seen
+        traced = tape.values[value]
+        if traced.producer is None or traced.state:
+            return Action.KEEP
+        if plan is not None and not self.diverged:
+            action = plan.policy.actions.get(value)
+            if action is not None:
+                return action
+            self._leave_plan()
+        # An operator that runs right now is not on the tape yet: its inputs are, and they decide.
+        return Action.RECOMPUTE if is_rebuildable(tape, value, self._store, self._codes) else Action.KEEP
+
+    def _action_by_order(self, slot: int, tensor: Tensor) -> tuple[int, Action]:
+        """Without a tape a saved tensor is known by its turn; storages must repeat exactly where the plan says."""
+        plan, key = self.plan, storage_key(tensor)
+        assert plan is not None
+        if not self.diverged and slot < len(plan.slots):
+            value = plan.slots[slot]
+            if value not in self._saved_values:  # a dead storage's address may come again: the later one counts
+                self._by_key[key] = value
+            if self._by_key.get(key) == value:
+                return value, plan.policy.actions.get(value, Action.KEEP)
+        self._leave_plan()
+        return -1 - slot, Action.KEEP
+
+    def _leave_plan(self) -> None:
+        self.diverged = True
+        self._static = False
+
+    def _compress(self, value: int, tensor: Tensor) -> None:
+        assert self.plan is not None
+        storage = tensor.untyped_storage()
+        count = storage.nbytes() // tensor.element_size()
+        flat = torch.as_strided(tensor, (count,), (1,), 0)
+        self._codes[value] = pack(flat, self.plan.specs[value], self.seed * 4099 + value)
+
+    def close(self, outputs: Any) -> None:
+        """The region's forward is over: hold what a replay will need, let go of the rest."""
+        if self._closed:
+            return
+        self._closed = True
+        tape, plan = self.tape, self.plan
+        self._by_key.clear()
+        if not self._alive:
+            self._clear()
+        if tape is None:
+            return
+        if plan is not None and not self.diverged and tape.signature != plan.signature:
+            self._leave_plan()
+        for tensor in tensors_in(outputs):
+            # Alive for as long as the caller wants it, and maybe overwritten by it: hold it, watch its version.
+            if is_plain(tensor):
+                value = tape.known(tensor)
+                if value is not None and value in self._saved_values and value not in self._store:
+                    self._store[value] = tensor.detach()
+                    self._held_tensors[value] = 1
+                    self._escaped[value] = (_sentinel(tensor), tensor._version)
+        if self._static and plan is not None:
+            needed: Iterable[int] = plan.schedule.leaves
+        else:
+            needed = self._dynamic_leaves()
+        for value in needed:
+            if value in tape.leaves:
+                self._store.setdefault(value, tape.leaves[value])
+        tape.forget_leaves(())
+
+    def holds(self, value: int) -> tuple[Tensor, int] | None:
+        """The tensor stored for ``value`` and how many tensors of ours share its storage; None when not stored."""
+        tensor = self._store.get(value)
+        return None if tensor is None else (tensor, self._held_tensors.get(value, 1))
+
+    # -- backward --------------------------------------------------------------------------------------------------
+    def read(self, handle: Handle) -> Tensor:
+        """Autograd's unpack hook."""
+        value = handle.value
+        self._check_version(handle)
+        if self._observer is not None:
+            self._observer.reading(self, handle.slot)
+        if not self._closed:  # backward inside the forward
+            self.close(())
+        base = self._store.get(value)
+        if self._static:
+            base = self._read_planned(handle, base)
+        if base is None:
+            base = self._materialise(value)
+        self._pending.discard(handle.slot)
+        tensor = handle.ref.view(base)
+        if self._observer is not None:
+            self._observer.read(self, handle.slot, tensor)
+        return tensor
+
+    def _read_planned(self, handle: Handle, base: Tensor | None) -> Tensor | None:
+        plan = self.plan
+        assert plan is not None
+        tick = self._tick
+        if tick >= len(plan.reads) or plan.reads[tick] != handle.slot:
+            self._leave_plan()  # another order, or a second backward over a retained graph
+            return base if base is not None else self._memo.get(handle.value)
+        self._tick = tick + 1
+        if tick and plan.reads[tick - 1] in self._alive and retains_graph():
+            self._release(tick - 1)
+        todo = plan.schedule.ticks[tick]
+        for value in todo.unpack:
+            self._memo[value] = self._decompress(value)
+        if todo.replay:
+            with replaying():
+                for step in todo.replay:
+                    self._run(step.op, step.bind, step.free_after)
+                    for value in step.free_after:
+                        self._memo.pop(value, None)
+        return base if base is not None else self._memo.get(handle.value)
+
+    def _materialise(self, value: int) -> Tensor:
+        """Find the way to ``value`` without a schedule."""
+        base = self._memo.get(value)
+        if base is not None:
+            return base
+        unpacks, operators = self._closure(value)
+        for code in unpacks:
+            self._memo[code] = self._decompress(code)
+        with replaying():
+            for index in operators:
+                outputs = self.tape.steps[index].outputs  # type: ignore[union-attr]
+                self._run(index, [v for v in outputs if v not in self._store])
+        if operators:
+            self._forget_unneeded(value)
+        return self._memo[value]
+
+    def _run(self, index: int, bind: Collection[int], stealable: Collection[int] = ()) -> None:
+        assert self.tape is not None
+        step = self.tape.steps[index]
+        run_again(step, bind, self._base, self._memo, stealable)
+        if self._observer is not None:
+            self._observer.rebuilt(self, step, [(v, self._memo[v]) for v in bind if v in self._memo])
+
+    def _base(self, value: int) -> Tensor:
+        base = self._memo.get(value)
+        if base is None:
+            base = self._store.get(value)
+        if base is None:
+            raise RuntimeError(f"value {value} of {self.name} is needed to run an operator again, but is gone")
+        return base
+
+    def _decompress(self, value: int) -> Tensor:
+        return unpack(self._codes[value])
+
+    def _check_version(self, handle: Handle) -> None:
+        value = handle.value
+        changed = handle.watched is not None and handle.watched._version != handle.version
+        if value in self._escaped:
+            watched, version = self._escaped[value]
+            changed |= watched._version != version
+        changed |= self.tape is not None and value >= 0 and self.tape.values[value].superseded
+        changed |= self.plan is not None and value in self.plan.fragile
+        if changed:
+            shape = tuple(handle.ref.size)
+            raise RuntimeError(MUTATED.format(shape=shape, dtype=handle.ref.dtype, region=self.name))
+
+    # -- letting go ------------------------------------------------------------------------------------------------
+    def _dropped(self, handle: Handle) -> None:
+        self._alive.pop(handle.slot, None)
+        self._pending.discard(handle.slot)
+        if not self._closed:
+            return  # what is left of the forward may still need it
+        if not self._alive:
+            self._clear()
+        elif self._static and self._tick and self.plan is not None and self.plan.reads[self._tick - 1] == handle.slot:
+            self._release(self._tick - 1)
+        elif self._static and self.plan is not None:
+            self._release_read(handle.slot)
+        else:
+            self._forget_unneeded(None)
+
+    def _clear(self) -> None:
+        for held in (self._store, self._codes, self._memo, self._escaped):
+            held.clear()  # type: ignore[attr-defined]
+        self.tape = None
+
+    def _release_read(self, slot: int) -> None:
+        """Of several tensors read by one node, all but the last are let go when their own handles die."""
+        assert self.plan is not None
+        reads = self.plan.reads
+        for tick in range(self._tick - 1, max(-1, self._tick - 9), -1):
+            if reads[tick] == slot:
+                self._release(tick)
+                return
+
+    def _release(self, tick: int) -> None:
+        assert self.plan is not None
+        keep_graph = retains_graph()
+        for value in self.plan.schedule.ticks[tick].release:
+            self._memo.pop(value, None)
+            if not keep_graph:
+                self._store.pop(value, None)
+                self._codes.pop(value, None)
+
+    def _forget_unneeded(self, in_use: int | None) -> None:
+        """Without a schedule: hold what the handles that are still alive can come to need."""
+        wanted: set[int] = set() if in_use is None else {in_use}
+        stored: set[int] = set()
+        for slot, value in self._alive.items():
+            if slot in self._pending:
+                if value in self._memo:
+                    wanted.add(value)
+                    continue
+                seen = ancestors(self.tape, value, self._store, self._codes, self._memo)
+                wanted |= seen
+                stored |= seen
+            else:  # read once already, alive because the graph is retained
+                stored |= ancestors(self.tape, value, self._store, self._codes)
+        self._memo = {v: t for v, t in self._memo.items() if v in wanted}
+        self._store = {v: t for v, t in self._store.items() if v in stored or v in wanted}
+        self._codes = {v: c for v, c in self._codes.items() if v in stored or v in wanted}
+
+    def _dynamic_leaves(self) -> set[int]:
+        needed: set[int] = set()
+        for value in self._alive.values():
+            needed |= ancestors(self.tape, value, self._store, self._codes, self._memo)
+        return needed
+
+    def _closure(self, value: int) -> tuple[list[int], list[int]]:
+        """Codes to unpack and operators to run, in forward order, to have ``value``."""
+        tape = self.tape
+        unpacks, operators = [], set()
+        for current in ancestors(self.tape, value, self._store, self._codes, self._memo):
+            if current in self._memo or current in self._store:
+                continue
+            if current in self._codes:
+                unpacks.append(current)
+            elif tape is not None and tape.values[current].producer is not None:
+                operators.add(tape.values[current].producer)
+        return unpacks, sorted(index for index in operators if index is not None)
+
+
+def _sentinel(tensor: Tensor) -> Tensor:
+    """Shares the version counter of ``tensor``, but none of its bytes."""
+    watched = tensor.detach()
+    watched.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return watched

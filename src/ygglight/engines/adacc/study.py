@@ -1,0 +1,198 @@
+"""How much does compressing a tensor perturb the gradient? Measured, on the model's own activations.
+
+After the backward of a profiled step, when nothing saved is alive any more, a few blocks of every type run forward and
+backward again by themselves: once exactly, then once per (saved tensor, codec) with just that tensor compressed. The
+difference in the gradients of the block's parameters and input, weighed by the gradient of the whole model, is the
+codec's error. The model's own step is not repeated, its random state and buffers are put back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ygglight.engines.adacc.build import MIN_BYTES, build_step, kind_keys
+from ygglight.engines.adacc.codecs import SPECS
+from ygglight.engines.adacc.frame import RegionPlan
+from ygglight.engines.adacc.graph import Action, Policy
+from ygglight.engines.adacc.plan import region_plan
+from ygglight.engines.memory.meter import is_plain, tensors_in
+
+if TYPE_CHECKING:
+    from ygglight.engines.adacc.profiler import Profiler
+    from ygglight.engines.adacc.runtime import Runtime
+
+SAMPLES = 3
+"""Blocks looked at per type: the first, the middle and the last."""
+
+
+@dataclass(eq=False)
+class _Sample:
+    """One block call, as it was in the profiled step."""
+
+    name: str
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    autocast: tuple[bool, torch.dtype]
+    random_state: Tensor
+    output_gradients: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Study:
+    """Collects block calls during a profiled step and, after it, measures codec errors on them.
+
+    Args:
+        runtime: whose regions are forced during the measurement.
+        blocks: the repeated blocks by name.
+    """
+
+    def __init__(self, runtime: Runtime, blocks: dict[str, nn.Module]) -> None:
+        self._runtime = runtime
+        names = list(blocks)
+        self._wanted: set[str] = set()
+        classes: dict[type, list[str]] = {}
+        for name in names:
+            classes.setdefault(type(blocks[name]), []).append(name)
+        for members in classes.values():
+            picks = {0, len(members) // 2, len(members) - 1} if SAMPLES == 3 else {0}
+            self._wanted.update(members[i] for i in picks)
+        self._samples: dict[int, _Sample] = {}
+        self._by_name: dict[str, _Sample] = {}
+
+    # -- during the profiled forward ---------------------------------------------------------------------------------
+    def opened(self, trace: int, name: str, module: nn.Module, inputs: Any) -> None:
+        """A block's forward starts."""
+        if name not in self._wanted or _is_sharded(module):
+            return
+        args, kwargs = inputs
+        kind = self._runtime.device.type
+        args, kwargs = pytree.tree_map_only(Tensor, _leafed, (args, kwargs))
+        random_state = torch.cuda.get_rng_state(self._runtime.device) if kind == "cuda" else torch.get_rng_state()
+        autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        sample = _Sample(name, module, args, kwargs, autocast, random_state)
+        self._samples[trace] = self._by_name[name] = sample
+
+    def closed(self, name: str, outputs: Any) -> None:
+        """Its forward is over: backward will tell the gradient of what it returned."""
+        sample = self._by_name.get(name)
+        if sample is None:
+            return
+        for index, tensor in enumerate(tensors_in(outputs)):
+            if tensor.requires_grad and is_plain(tensor):
+                tensor.register_hook(_keeper(sample, index))
+
+    # -- after the profiled backward ---------------------------------------------------------------------------------
+    def run(self, profiler: Profiler) -> dict[tuple[int, int, str], float]:
+        """(type index, value id, codec) -> squared relative error of the whole gradient caused by one instance."""
+        samples = {t: s for t, s in self._samples.items() if s.output_gradients}
+        if not samples:
+            return {}
+        built = build_step(profiler, self._runtime.device, compress=True)
+        keys = kind_keys(profiler)
+        kinds = {key: position for position, key in enumerate(dict.fromkeys(keys))}
+        norms = _gradient_norms(self._runtime.module, self._runtime.blocks, profiler.traces[0].name)
+        total = sum(norms.values())
+        if not math.isfinite(total):  # an overflowed fp16 step says nothing; the defaults stand until the next look
+            return {}
+        found: dict[tuple[int, int, str], list[float]] = {}
+        for trace, sample in samples.items():
+            index = kinds[keys[trace]]
+            graph = built.kinds[index].graph
+            earlier = sum(norms.get(profiler.traces[i].name, 0.0) for i in range(trace))
+            own = norms.get(sample.name, 0.0)
+            exact = self._gradients(sample, None)
+            for value in graph.actionable:
+                for codec in value.codecs:
+                    if codec.error == 0 or value.nbytes < MIN_BYTES:
+                        continue
+                    actions = {v.id: Action.KEEP for v in graph.actionable} | {value.id: Action.COMPRESS}
+                    forced = region_plan(built, index, Policy(actions, {value.id: codec.name}))
+                    assert forced is not None and forced.specs[value.id] == SPECS[codec.name]
+                    own_error, input_error = _errors(exact, self._gradients(sample, forced))
+                    error = (own_error * own + input_error * earlier) / total if total else own_error
+                    found.setdefault((index, value.id, codec.name), []).append(error)
+        self._samples.clear()
+        return {key: sum(errors) / len(errors) for key, errors in found.items()}
+
+    def _gradients(self, sample: _Sample, forced: RegionPlan | None) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Gradients of the block's parameters and of its inputs, with ``forced`` carried out."""
+        runtime = self._runtime
+        args, kwargs = pytree.tree_map_only(Tensor, _leafed, (sample.args, sample.kwargs))
+        inputs = [t for t in tensors_in((args, kwargs)) if t.requires_grad]
+        parameters = [p for p in sample.module.parameters() if p.requires_grad]
+        with _undisturbed(sample, runtime.device), torch.enable_grad():
+            runtime.forced = {sample.name: forced}
+            try:
+                enabled, dtype = sample.autocast
+                with torch.autocast(runtime.device.type, enabled=enabled, dtype=dtype), runtime.listening():
+                    output = sample.module(*args, **kwargs)
+            finally:
+                runtime.forced = None
+            outputs = list(tensors_in(output))
+            pairs = [(outputs[i], g) for i, g in sample.output_gradients.items() if i < len(outputs)]
+            gradients = torch.autograd.grad(
+                [o for o, _ in pairs], parameters + inputs, [g for _, g in pairs], allow_unused=True
+            )
+        return list(gradients[: len(parameters)]), list(gradients[len(parameters) :])
+
+
+def _keeper(sample: _Sample, index: int) -> Any:
+    def hook(gradient: Tensor) -> None:
+        sample.output_gradients[index] = gradient.detach()
+
+    return hook
+
+
+def _leafed(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    return any(type(p) is not nn.Parameter for p in module.parameters())
+
+
+def _gradient_norms(module: nn.Module, blocks: dict[str, nn.Module], first: str) -> dict[str, float]:
+    """Squared gradient norm per block, and of everything else under the name ``first``."""
+    norms: dict[str, float] = {}
+    seen: set[int] = set()
+    for name, block in (*blocks.items(), (first, module)):
+        mine = [p.grad for p in block.parameters() if p.grad is not None and id(p) not in seen]
+        seen.update(id(p) for p in block.parameters())
+        norms[name] = norms.get(name, 0.0) + sum(float(torch.linalg.vector_norm(g)) ** 2 for g in mine)
+    return norms
+
+
+def _errors(
+    exact: tuple[list[Tensor | None], list[Tensor | None]], other: tuple[list[Tensor | None], list[Tensor | None]]
+) -> tuple[float, float]:
+    """Squared relative errors of parameter and of input gradients."""
+    found = []
+    for a, b in zip(exact, other, strict=True):
+        pairs = [(x.float(), y.float()) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+        size = sum(float((x**2).sum()) for x, _ in pairs)
+        found.append(sum(float(((x - y) ** 2).sum()) for x, y in pairs) / size if size else 0.0)
+    return found[0], found[1]
+
+
+@contextmanager
+def _undisturbed(sample: _Sample, device: torch.device) -> Iterator[None]:
+    """The random state of the sample inside, that of before outside; buffers as they were."""
+    buffers = [(b, b.clone()) for b in sample.module.buffers()]
+    cuda = device.type == "cuda"
+    before = torch.cuda.get_rng_state(device) if cuda else torch.get_rng_state()
+    try:
+        torch.cuda.set_rng_state(sample.random_state, device) if cuda else torch.set_rng_state(sample.random_state)
+        yield
+    finally:
+        torch.cuda.set_rng_state(before, device) if cuda else torch.set_rng_state(before)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
