@@ -102,6 +102,7 @@ def checkpointing(
         yield
     finally:
         network.gradient_checkpointing_disable()
+        network.disable_input_require_grads()  # enabling leaves one more hook on the embedding each time
 
 
 # -- hooks -----------------------------------------------------------------------------------------------------------
@@ -216,9 +217,9 @@ def smallest_that_fits(peak: Callable[[int], int], most: int, budget: int) -> in
     Raises:
         DoesNotFit: not even ``most`` is.
     """
-    last = peak(most)
-    if last > budget:
-        raise DoesNotFit(f"its smallest peak is {format_bytes(last)}, the budget {format_bytes(budget)}")
+    least = peak(most)
+    if least > budget:
+        raise DoesNotFit(f"its smallest peak is {format_bytes(least)}, the budget {format_bytes(budget)}")
     low, high = -1, most  # peak(low) is over, peak(high) within
     while high - low > 1:
         middle = (low + high) // 2

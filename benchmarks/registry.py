@@ -6,7 +6,9 @@ reports. A new benchmark is one row here and one function there.
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
 from collections.abc import Callable
 
 from benchmarks.harness import Options, Report
@@ -42,8 +44,6 @@ def summary(name: str) -> str:
     Args:
         name: a key of ``BENCHMARKS``.
     """
-    import ast
-
     spec = importlib.util.find_spec(BENCHMARKS[name].partition(":")[0])
     if spec is None or spec.origin is None:
         return "(missing)"

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ _LLAMA_1B = {
 
 
 GPU_ERROR = 2e-3
-"""Relative gradient error that an exact variant may show on a GPU in any case: one bfloat16 rounding taken otherwise."""
+"""Relative gradient error that an exact variant may show on a GPU in any case: about one bfloat16 rounding."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Workload:
         ids = _tokens(size, self.module, self.weights).to(self.device)
         self.batch = {"input_ids": ids, "labels": ids}
         self.held = 0
-        self._meter: LiveBytes | None = None
+        self._between: Callable[[], Any] | None = None
         self._exact: list[Tensor] = []
         self._noise: float | None = None
 
@@ -121,10 +121,19 @@ class Workload:
         return chunked_loss(self.network, self.batch["input_ids"], self.batch["labels"])
 
     def backward(self, loss: Tensor) -> None:
-        """Backward; counts what is held in between when somebody measures."""
-        if self._meter is not None:
-            self.held = self._meter.live
+        """Backward, and before it whatever :meth:`between` asked for."""
+        if self._between is not None:
+            self._between()
         loss.backward()
+
+    @contextmanager
+    def between(self, call: Callable[[], Any]) -> Iterator[None]:
+        """Inside, ``call`` is called between forward and backward."""
+        self._between = call
+        try:
+            yield
+        finally:
+            self._between = None
 
     def step(self) -> None:
         """The plain step."""
@@ -144,13 +153,12 @@ class Workload:
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        with around(), LiveBytes(self.parameters, self.device) as meter:
-            self._meter = meter
-            try:
-                step()
-            finally:
-                self._meter = None
+        with around(), LiveBytes(self.parameters, self.device) as meter, self.between(lambda: self._hold(meter)):
+            step()
             return meter.peak
+
+    def _hold(self, meter: LiveBytes) -> None:
+        self.held = meter.live
 
     def remember_exact(self) -> None:
         """Two plain steps: the gradients that all others are held against, and how far plain is from itself."""

@@ -168,6 +168,17 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "gguf" in out and "Run one:   ygglight fit --config adacc/" in out
 
 
+def test_a_reader_that_stops_early_is_no_error() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -u -m ygglight_launcher recipes | head -1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("SYSTEM") and not done.stderr
+
+
 def test_recipes_of_one_system(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("recipes", "adacc", capsys=capsys)[0] == 0
     assert "'acc'; there are some for: adacc" in error_of("recipes", "acc", capsys=capsys)

@@ -121,26 +121,42 @@ def commands(page: Path) -> list[str]:
     return list(dict.fromkeys(line for line in lines if line.startswith("ygglight ")))
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name_of)
-def test_commands_parse(
-    page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fresh_modules: None
-) -> None:
-    """Against the real parsers; what they would start is left out."""
+@pytest.fixture
+def parse_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands meet the real parsers; what they would start is left out."""
     from ygglight.cli.run import YggLightCLI
 
     monkeypatch.setattr(YggLightCLI, "instantiate_classes", lambda self: None)
     monkeypatch.setattr(YggLightCLI, "_run_subcommand", lambda self, subcommand: None)
     monkeypatch.setattr("ygglight.cli.demo.load", lambda target: lambda short, out: None)
+
+
+def run_commands(page: Path, chosen: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(sys, "argv", ["ygglight"])
     for block in blocks(page):
         if block.title.endswith((".py", ".yaml")):
             Path(block.title).write_text(block.text)
-    for command in commands(page):
+    for command in chosen:
         try:
             code = main(shlex.split(command, comments=True)[1:])
         except SystemExit as exit_:  # --print_config
             code = int(exit_.code or 0)
         assert code == 0, f"{command}\n{capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name_of)
+def test_commands_parse(page: Path, parse_only: None, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    run_commands(page, commands(page), monkeypatch, capsys)
+
+
+def test_commands_with_a_module_that_is_shown_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, fresh_modules: None
+) -> None:
+    page = DOCS / "cli.md"
+    chosen = [command for command in commands(page) if "--config mine.yaml" in command]
+    assert len(chosen) == 2
+    run_commands(page, chosen, monkeypatch, capsys)
+    assert "predicted peak" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=name_of)
@@ -339,7 +355,7 @@ old
 def test_figures_are_filled_in_and_wrong_ones_found(filler: Any) -> None:
     rows = [row(1, "plain", 1.0, 200 << 20), row(1, "adacc-0.5", 1.25, 100 << 20)]
     page = filler.fill(PAGE, rows)
-    assert "| adacc-0.5 | 1.25 s | 125% | 100.0 MiB | 50% |" in page
+    assert "| **Adacc**, budget 0.5 | 1.25 s | 125% | 100.0 MiB | 50% |" in page
     assert page.startswith("text\n") and page.count("not measured yet") == 1, "the other benchmark has no row"
     assert filler.fill(page, rows, pinned=True) == page == filler.fill(page, rows)
     tampered = page.replace("1.25 s", "1.05 s")
@@ -354,12 +370,13 @@ def test_newer_rows_leave_a_filled_page_valid(filler: Any) -> None:
     rows += [row(2, "plain", 3.0, 100 << 20), row(3, "plain", 9.0, 100 << 20, quick="1")]
     assert filler.fill(page, rows, pinned=True) == page
     newer = filler.fill(page, rows)
-    assert "| plain | 3 s |" in newer and "| full |" in page and "| full |" not in newer and "9 s" not in newer
+    assert "| plain training | 3 s |" in newer and "9 s" not in newer
+    assert "| full recompute" in page and "| full recompute" not in newer
 
 
 def test_a_variant_that_failed_is_shown(filler: Any) -> None:
     failed = row(1, "adacc-0.5", 0, 0, p50_s="", status="does not fit: floor|high", peak_bytes="", ratios="")
     page = filler.fill(PAGE, [row(1, "plain", 1.0, 200 << 20), failed])
-    assert "| adacc-0.5 | does not fit: floor/high | | | |" in page
+    assert "| **Adacc**, budget 0.5 | does not fit: floor/high | | | |" in page
     full = filler.render("adacc", [row(1, "plain", 1.0, 1 << 20), failed], full=True)
     assert "run 20260101T000001Z-1" in full and "does not fit: floor/high" in full

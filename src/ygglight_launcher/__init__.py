@@ -70,6 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         module, _, function = verb.target.partition(":")
         run: Callable[[list[str]], int | None] = getattr(importlib.import_module(module), function)
         return run(args) or 0
+    except BrokenPipeError:
+        if args[0] not in ("recipes", "doctor"):
+            raise  # in a run it may be a worker that died, and not the reader of `ygglight recipes | head -3`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+        return 0
     except _TELLING as error:
         if os.environ.get("YGGLIGHT_TRACEBACK", "0") not in ("", "0") or not raised_on_purpose(error):
             raise

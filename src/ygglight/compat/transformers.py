@@ -154,7 +154,8 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     Args:
         model: A transformers or peft model.
     """
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = getattr(model, "get_base_model", None)  # peft's
+    return base() if callable(base) else model
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

@@ -17,7 +17,17 @@ from typing import Any
 from ygglight.compat import transformers as hf
 from ygglight.data.cache import cache_root, publish
 
-__all__ = ["ASSETS", "Asset", "describe", "is_installed", "resolve", "resolve_model", "smollm2"]
+__all__ = [
+    "ASSETS",
+    "Asset",
+    "check_model",
+    "describe",
+    "is_installed",
+    "resolve",
+    "resolve_model",
+    "sha256_of",
+    "smollm2",
+]
 
 log = logging.getLogger(__name__)
 

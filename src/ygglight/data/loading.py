@@ -145,7 +145,7 @@ class ResumableLoader(DataLoader):
         super().__init__(dataset, batch_size=batch_size, sampler=sampler, **kwargs)
         self._done = 0
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Any:
         if isinstance(self.sampler, ShuffledSampler):  # Lightning puts another in for `overfit_batches`
             self.sampler.start = self._done * (self.batch_size or 1)
         for batch in super().__iter__():

@@ -59,7 +59,7 @@ class TextData(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        p = self.hparams
+        p = self._p
         if not path and not prompts:
             raise ValueError("TextData needs a path (to train) or prompts (to predict)")
         for name, least in {"block_size": 2, "batch_size": 1, "num_workers": 0, "max_tokens": 1}.items():
@@ -79,13 +79,18 @@ class TextData(L.LightningDataModule):
     def tokenizer(self) -> Any:
         """The tokenizer: the one named, or that of the module in training."""
         if self._tokenizer is None:
-            name = self.hparams.tokenizer
+            name = self._p.tokenizer
             if name is None and self.trainer is not None and self.trainer.lightning_module is not None:
                 name = self.trainer.lightning_module.hparams.get("model")
             if not isinstance(name, str):
                 raise ValueError("TextData does not know which tokenizer to use: set `tokenizer` (a model's directory)")
             self._tokenizer = hf.load_tokenizer(resolve_model(name))
         return self._tokenizer
+
+    @property
+    def _p(self) -> Any:
+        """The constructor's arguments; Lightning types them as a mapping, which hides their names."""
+        return self.hparams
 
     def prepare_data(self) -> None:
         """Tokenise into the cache, on one process a machine."""
@@ -98,8 +103,8 @@ class TextData(L.LightningDataModule):
         Args:
             stage: ``fit``, ``validate``, ``test``, ``predict`` or None for all that is there.
         """
-        if stage in (None, "predict") and self.hparams.prompts and self._prompts is None:
-            self._prompts = read_prompts(self.hparams.prompts, self.hparams.field)
+        if stage in (None, "predict") and self._p.prompts and self._prompts is None:
+            self._prompts = read_prompts(self._p.prompts, self._p.field)
         if stage != "predict" and self._sources and self._train is None:
             self._split(self._tokens())
 
@@ -108,10 +113,10 @@ class TextData(L.LightningDataModule):
         return trainer is None or trainer.state.fn is None or trainer.state.fn.value != "predict"
 
     def _tokens(self) -> TokenFile:
-        return tokenize(self._sources, self.tokenizer, self.hparams.max_tokens)
+        return tokenize(self._sources, self.tokenizer, self._p.max_tokens)
 
     def _split(self, tokens: TokenFile) -> None:
-        p, total = self.hparams, len(tokens)
+        p, total = self._p, len(tokens)
         least = p.block_size * (2 if p.val_fraction else 1) if p.packing else 2
         if total < least:
             both = " (training and validation need one each)" if p.val_fraction else ""
@@ -130,7 +135,7 @@ class TextData(L.LightningDataModule):
         if self._train is None:
             raise ValueError("TextData was given prompts alone: to train it needs a path")
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        p = self.hparams
+        p = self._p
         sampler = ShuffledSampler(self._train, p.batch_size, p.seed, world, rank)
         return ResumableLoader(self._train, batch_size=p.batch_size, sampler=sampler, **self._options())
 
@@ -149,13 +154,14 @@ class TextData(L.LightningDataModule):
         """Return the prompts in lists of ``batch_size``."""
         if self._prompts is None:
             raise ValueError("TextData was given a path alone: to predict it needs prompts")
-        return DataLoader(self._prompts, batch_size=self.hparams.batch_size, collate_fn=list)
+        prompts: Any = self._prompts  # a list is all that a DataLoader needs
+        return DataLoader(prompts, batch_size=self._p.batch_size, collate_fn=list)
 
     def _in_order(self, samples: Dataset) -> DataLoader:
-        return DataLoader(samples, batch_size=self.hparams.batch_size, **self._options())
+        return DataLoader(samples, batch_size=self._p.batch_size, **self._options())
 
     def _options(self) -> dict[str, Any]:
-        p = self.hparams
+        p = self._p
         options = {"num_workers": p.num_workers, "persistent_workers": p.num_workers > 0}
         if not p.packing:
             options["collate_fn"] = functools.partial(pad_batch, pad_token_id=self.tokenizer.pad_token_id)

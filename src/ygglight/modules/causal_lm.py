@@ -95,7 +95,7 @@ class CausalLM(L.LightningModule):
     @property
     def directory(self) -> Path:
         """The Hugging Face directory that the model comes from (a .gguf file is converted on first use)."""
-        return resolve_model(self.hparams.model)
+        return resolve_model(self._p.model)
 
     @property
     def tokenizer(self) -> Any:
@@ -108,12 +108,12 @@ class CausalLM(L.LightningModule):
         """Load the weights and put on them what the arguments ask for. A second call does nothing."""
         if self.model is not None:
             return
-        p, mesh = self.hparams, self.device_mesh
+        p, mesh = self._p, self.device_mesh
         if mesh is not None and p.quantization:
             raise ValueError("quantised weights cannot be sharded: drop `quantization`, or use strategy='ddp'")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(p.seed)
-            model: nn.Module = hf.load_causal_lm(
+            model: Any = hf.load_causal_lm(
                 self.directory,
                 dtype=p.dtype if p.dtype == "auto" else getattr(torch, p.dtype),
                 attention=p.attention,
@@ -145,7 +145,12 @@ class CausalLM(L.LightningModule):
         else:
             self._softcap = head[1]
 
-    def _network(self) -> nn.Module:
+    @property
+    def _p(self) -> Any:
+        """The constructor's arguments; Lightning types them as a mapping, which hides their names."""
+        return self.hparams
+
+    def _network(self) -> Any:
         if self.model is None:
             raise RuntimeError("the weights are not loaded: give this module to a Trainer, or call configure_model()")
         return self.model
@@ -174,7 +179,7 @@ class CausalLM(L.LightningModule):
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
         model = self._network()
         tensors = batch["input_ids"], batch["labels"], batch.get("attention_mask")
-        extra = {"softcap": self._softcap} if self._chunked else {}
+        extra: dict[str, Any] = {"softcap": self._softcap} if self._chunked else {}
         if self.device_mesh is not None:
             return model.ygg_loss(*tensors, **extra)  # see network.shard
         return (chunked_loss if self._chunked else full_loss)(model, *tensors, **extra)
@@ -217,7 +222,7 @@ class CausalLM(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Build the optimizer over what is trainable, and the schedule over the Trainer's steps."""
-        p = self.hparams
+        p = self._p
         optimizer = build_optimizer(p.optimizer, self._network().parameters(), p.learning_rate, p.weight_decay)
         total = self.trainer.estimated_stepping_batches
         schedule = warmup_schedule(optimizer, p.warmup_steps, total, p.schedule)
@@ -243,7 +248,7 @@ class CausalLM(L.LightningModule):
         """
         prompts = list(batch["prompt"] if isinstance(batch, dict) else batch)
         encoded = self._encode(prompts).to(self.device)
-        settings = {"do_sample": False, "max_new_tokens": self.hparams.max_new_tokens} | (self.hparams.generation or {})
+        settings = {"do_sample": False, "max_new_tokens": self._p.max_new_tokens} | (self._p.generation or {})
         if not settings["do_sample"]:  # a model's own sampling defaults would only be warned about
             settings = {"temperature": None, "top_p": None, "top_k": None} | settings
         output = self.generate(**encoded, pad_token_id=self.tokenizer.pad_token_id, **settings)
@@ -251,10 +256,10 @@ class CausalLM(L.LightningModule):
         return [self._result(prompt, tokens) for prompt, tokens in zip(prompts, added, strict=True)]
 
     def _encode(self, prompts: list[str]) -> Any:
-        tokenizer, chat = self.tokenizer, self.hparams.chat
+        tokenizer, chat = self.tokenizer, self._p.chat
         if chat:
             if not tokenizer.chat_template:
-                raise ValueError(f"the tokenizer of {self.hparams.model} has no chat template: set chat=False")
+                raise ValueError(f"the tokenizer of {self._p.model} has no chat template: set chat=False")
             turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
             prompts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         # New tokens follow at the right, so padding goes to the left. A template writes its own special tokens.
@@ -286,7 +291,7 @@ class CausalLM(L.LightningModule):
             checkpoint: What Lightning is about to save.
         """
         checkpoint["ygglight_tokens"] = int(self._tokens)
-        if self.hparams.lora is not None:
+        if self._p.lora is not None:
             keep = self._trainable()
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
 
@@ -297,7 +302,7 @@ class CausalLM(L.LightningModule):
             checkpoint: What Lightning has read.
         """
         self._tokens = checkpoint.get("ygglight_tokens", 0)
-        if self.hparams.lora is not None and self.model is not None and "state_dict" in checkpoint:
+        if self._p.lora is not None and self.model is not None and "state_dict" in checkpoint:
             missing = sorted(self._trainable() - checkpoint["state_dict"].keys())
             if missing:
                 raise ValueError(
@@ -314,7 +319,7 @@ class CausalLM(L.LightningModule):
             assign: Take the tensors themselves instead of copying them.
         """
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)
-        if self.hparams.lora is not None:
+        if self._p.lora is not None:
             trainable = self._trainable()
             result.missing_keys[:] = [name for name in result.missing_keys if name in trainable]
         return result
@@ -325,7 +330,7 @@ class CausalLM(L.LightningModule):
         Args:
             directory: A folder, made if it is not there.
         """
-        if self.hparams.lora is None:
+        if self._p.lora is None:
             raise ValueError("this model has no adapters (lora is None): use save_pretrained")
         self._network().save_pretrained(directory)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ygglight.compat.extras import pip_line
 from ygglight.data.assets import check_model
 
 __all__ = ["check_arguments"]
@@ -49,4 +50,4 @@ def check_arguments(p: Mapping[str, Any]) -> None:
 def _installed(module: str, extra: str) -> None:
     # Only looked for, not imported: peft takes seconds and a constructor is cheap.
     if importlib.util.find_spec(module) is None:
-        raise ModuleNotFoundError(f"this needs {module}: pip install 'ygglight[{extra}]'", name=module)
+        raise ModuleNotFoundError(f"this needs {module}: {pip_line(extra)}", name=module)

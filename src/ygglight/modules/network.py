@@ -81,6 +81,6 @@ def shard(model: nn.Module, mesh: DeviceMesh, loss: Callable[..., torch.Tensor])
     for layer in layers:
         fully_shard(layer, mesh=mesh["data_parallel"])
     fully_shard(model, mesh=mesh["data_parallel"])
-    model.ygg_loss = types.MethodType(loss, model)
+    object.__setattr__(model, "ygg_loss", types.MethodType(loss, model))
     for method in ("ygg_loss", "generate"):
         register_fsdp_forward_method(model, method)

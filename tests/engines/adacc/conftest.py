@@ -39,7 +39,7 @@ def random_graph(
             if rich and rng.random() < 0.15:
                 nbytes = values[max(inputs)]["nbytes"]  # in place: another value of the same size
             options = ()
-            if keep and rng.random() < codecs:
+            if keep and nbytes and rng.random() < codecs:
                 options = tuple(
                     CodecOption(
                         name,
@@ -160,7 +160,8 @@ def llama_block(
     def rotary(x: int, columns: int) -> int:
         half = elementwise("neg", [x], columns / 2)
         turned = elementwise("cat", [half, x], columns)
-        return elementwise("add", [elementwise("mul", [x, 1], columns), elementwise("mul", [turned, 1], columns)], columns)
+        parts = [elementwise("mul", [part, 1], columns) for part in (x, turned)]
+        return elementwise("add", parts, columns)
 
     x = norm(0)
     q, k, v = rotary(mm(x, h, h), h), rotary(mm(x, h, kv), kv), mm(x, h, kv)
@@ -189,7 +190,7 @@ def llama_block(
     nodes: list[int] = []
     for o in reversed(operators):
         if o.name in ("aten.mm", "aten.mul", "aten.silu", "aten.pow", "aten.rsqrt", "aten.attention"):
-            reads = [i for i in (*o.inputs, *(o.outputs if o.name in ("aten.attention", "aten.rsqrt") else ()))]
+            reads = (*o.inputs, *(o.outputs if o.name in ("aten.attention", "aten.rsqrt") else ()))
             uses.extend(i for i in reads if i in saved or i == 1)
             nodes.extend([len(operators) - o.index] * (len(uses) - len(nodes)))
     wide = 2 * tokens * ffn

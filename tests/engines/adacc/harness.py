@@ -127,6 +127,7 @@ class Session:
         runtime = self.runtime
         runtime._plans = {bucket_of(shapes_of(self.batch)): (shapes_of(self.batch), plan)}
         runtime._due, runtime.plan = None, plan
+        runtime._frames.clear()  # nor is anything left of an earlier plan to be surprised by
         return plan
 
     def diverged(self) -> list[str]:

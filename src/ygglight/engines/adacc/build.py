@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 
@@ -34,7 +33,6 @@ class Kind:
     Args:
         graph: for the planner.
         slots: value id per saved tensor. reads: slot per backward read. signature: of the tape.
-        fragile: saved values that forward overwrites later on.
         readers: per saved value, names of the autograd nodes that read it.
         traces: indices of its instances in the profile.
         consumers_measured: whether codec errors come from a measurement.
@@ -44,7 +42,6 @@ class Kind:
     slots: tuple[int, ...]
     reads: tuple[int, ...]
     signature: list[object]
-    fragile: frozenset[int]
     readers: dict[int, tuple[str, ...]]
     traces: tuple[int, ...]
 
@@ -145,12 +142,17 @@ def _kind(
             )
         )  # fmt: skip
     operators = []
+    # What is stored of them is no longer what their readers read.
+    overwritten = {v for v in first.saves if first.values[v].superseded}
     for index, step in enumerate(first.steps):
         seconds = [t.again_seconds.get(index, t.seconds[index] if index < len(t.seconds) else 0.0) for t in traces]
         operators.append(
             Operator(
-                index=index, name=op_name(step.func), inputs=tuple(dict.fromkeys(step.inputs)),
-                outputs=step.outputs, seconds=median(seconds) + REPLAY_OVERHEAD, replayable=step.replayable,
+                index=index, name=op_name(step.func), inputs=tuple(dict.fromkeys(step.inputs)), outputs=step.outputs,
+                # The least of the instances: whatever else the machine does only ever adds.
+                seconds=min(seconds) + REPLAY_OVERHEAD,
+                replayable=overwritten.isdisjoint(step.inputs)
+                and all(t.steps[index].replayable and index not in t.lost for t in traces),
             )
         )  # fmt: skip
     uses = tuple(first.saves[slot] for slot in first.reads)
@@ -168,9 +170,8 @@ def _kind(
         tape_seconds=TRACE_OVERHEAD * count,
         hook_seconds=HOOK_OVERHEAD * len(first.saves),
     )
-    fragile = frozenset(v for v in first.saves if first.values[v].superseded)
     kept = {v: tuple(r) for v, r in readers.items()}
-    return Kind(graph, tuple(first.saves), tuple(first.reads), first.signature, fragile, kept, tuple(indices))
+    return Kind(graph, tuple(first.saves), tuple(first.reads), first.signature, kept, tuple(indices))
 
 
 def _options(

@@ -19,10 +19,15 @@ from ygglight.compat.torch import retains_graph, storage_key
 from ygglight.engines.adacc.graph import Action, Policy
 from ygglight.engines.adacc.replay import ancestors, is_rebuildable, replaying, run_again
 from ygglight.engines.adacc.schedule import Schedule
-from ygglight.engines.adacc.tape import Ref, Tape
+from ygglight.engines.adacc.tape import Ref, Tape, clone_storage
 from ygglight.engines.memory.meter import is_plain, tensors_in
-from ygglight.kernels.act_codec import CodecSpec, Packed, pack, unpack
+from ygglight.kernels.act_codec import CodecSpec, Packed, is_mask, pack, unpack
+from ygglight.kernels.act_codec.spec import AFFINE_DTYPES, MASK_DTYPES
 
+OVERWRITTEN = (
+    "adacc: a tensor from outside of {region}, {shape} {dtype}, was overwritten in place after the region read it, and "
+    "is needed to run an operator again. Write `x = x + ...` instead of `x += ...` there, or pass enabled=False"
+)
 MUTATED = (
     "one of the variables needed for gradient computation has been modified by an inplace operation: {shape} {dtype}, "
     "saved in {region}, is no longer what it was when it was saved (raised by ygglight's adacc in autograd's stead)"
@@ -40,7 +45,7 @@ class RegionPlan:
         reads: index into ``slots`` per backward read, in the planned order.
         signature: (operator, inputs, outputs) per traced operator: the tape must match it for the ids to mean the same.
         specs: codec per compressed value.
-        fragile: value ids that forward overwrites after they were saved; reading them back is an error.
+        bases: stored value ids that recomputed ones are rebuilt from and that nothing else could make again.
     """
 
     policy: Policy
@@ -49,7 +54,7 @@ class RegionPlan:
     reads: tuple[int, ...]
     signature: list[Any]
     specs: dict[int, CodecSpec] = field(default_factory=dict)
-    fragile: frozenset[int] = frozenset()
+    bases: frozenset[int] = frozenset()
 
     @property
     def needs_tape(self) -> bool:
@@ -61,11 +66,11 @@ class Handle:
 
     __slots__ = ("frame", "ref", "slot", "value", "version", "watched")
 
-    def __init__(self, frame: Frame, slot: int, value: int, ref: Ref, watched: Tensor | None) -> None:
+    def __init__(self, frame: Frame, slot: int, value: int, ref: Ref, watched: Tensor) -> None:
         self.frame, self.slot, self.value, self.ref = frame, slot, value, ref
         self.watched = watched
         """Shares its version counter with what was saved, so that a later in-place write shows."""
-        self.version = -1 if watched is None else watched._version
+        self.version = watched._version
 
     def __del__(self) -> None:
         self.frame._dropped(self)
@@ -115,13 +120,15 @@ class Frame:
         self._codes: dict[int, Packed] = {}
         self._code_views: dict[int, Tensor] = {}
         self._memo: dict[int, Tensor] = {}
-        self._escaped: dict[int, tuple[Tensor, int]] = {}
         self._by_key: dict[int, int] = {}
         self._held_tensors: dict[int, int] = {}
         self._alive: dict[int, int] = {}
         self._pending: set[int] = set()
         self._saved_values: set[int] = set()
         self._closed = False
+        self._base_versions: dict[int, int] = {}
+        if plan is not None and tape is not None:
+            tape.wanted = plan.bases
 
     # -- forward ---------------------------------------------------------------------------------------------------
     def save(self, tensor: Tensor) -> Handle | Opaque:
@@ -135,16 +142,17 @@ class Frame:
             action = self._action_on_tape(value)
         else:
             value, action = self._action_by_order(slot, tensor)
-        watched = None
+        if action is Action.COMPRESS and not self._fits(value, tensor):
+            self._leave_plan()  # another tensor than the one that was planned for
+            action = Action.KEEP
         if action is Action.KEEP:
             self._store.setdefault(value, tensor)
             self._held_tensors[value] = self._held_tensors.get(value, 0) + 1
             watched = tensor
-        elif action is Action.COMPRESS:
-            if value not in self._codes:
+        else:
+            watched = _sentinel(tensor)
+            if action is Action.COMPRESS and value not in self._codes:
                 self._compress(value, tensor)
-            if self.tape is None:
-                watched = _sentinel(tensor)
         ref = Ref(value, tensor.size(), tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
         self._saved_values.add(value)
         self._alive[slot] = value
@@ -170,7 +178,8 @@ class Frame:
                 return action
             self._leave_plan()
         # An operator that runs right now is not on the tape yet: its inputs are, and they decide.
-        return Action.RECOMPUTE if is_rebuildable(tape, value, self._store, self._codes) else Action.KEEP
+        at_hand = (self._store, self._codes, tape.early)
+        return Action.RECOMPUTE if is_rebuildable(tape, value, *at_hand) else Action.KEEP
 
     def _action_by_order(self, slot: int, tensor: Tensor) -> tuple[int, Action]:
         """Without a tape a saved tensor is known by its turn; storages must repeat exactly where the plan says."""
@@ -189,12 +198,19 @@ class Frame:
         self.diverged = True
         self._static = False
 
+    def _fits(self, value: int, tensor: Tensor) -> bool:
+        """Whether ``tensor`` can be what the plan compresses there; without a tape nothing else vouches for it."""
+        assert self.plan is not None
+        if value in self._codes:
+            return True
+        mask = self.plan.specs[value].name == "mask"
+        if tensor.dtype not in (MASK_DTYPES if mask else AFFINE_DTYPES):
+            return False
+        return not mask or self.tape is not None or tensor.dtype is torch.bool or is_mask(_whole(tensor))
+
     def _compress(self, value: int, tensor: Tensor) -> None:
         assert self.plan is not None
-        storage = tensor.untyped_storage()
-        count = storage.nbytes() // tensor.element_size()
-        flat = torch.as_strided(tensor, (count,), (1,), 0)
-        self._codes[value] = pack(flat, self.plan.specs[value], self.seed * 4099 + value)
+        self._codes[value] = pack(_whole(tensor), self.plan.specs[value], self.seed * 4099 + value)
 
     def close(self, outputs: Any) -> None:
         """The region's forward is over: hold what a replay will need, let go of the rest."""
@@ -205,7 +221,10 @@ class Frame:
         self._by_key.clear()
         if not self._alive:
             self._clear()
+            return
         if tape is None:
+            if plan is not None and self._saved != len(plan.slots):
+                self._leave_plan()
             return
         if plan is not None and not self.diverged and tape.signature != plan.signature:
             self._leave_plan()
@@ -216,15 +235,35 @@ class Frame:
                 if value is not None and value in self._saved_values and value not in self._store:
                     self._store[value] = tensor.detach()
                     self._held_tensors[value] = 1
-                    self._escaped[value] = (_sentinel(tensor), tensor._version)
+                    self._base_versions[value] = tensor._version
         if self._static and plan is not None:
             needed: Iterable[int] = plan.schedule.leaves
         else:
             needed = self._dynamic_leaves()
+        if not self._static:  # what was to be saved later, and then was not, may be all that others are made from
+            for value, tensor in tape.early.items():
+                if value not in self._codes and not tape.values[value].superseded:
+                    self._store.setdefault(value, tensor)
         for value in needed:
             if value in tape.leaves:
-                self._store.setdefault(value, tape.leaves[value])
+                if tape.values[value].superseded:  # the copy made before it was overwritten
+                    self._store[value] = tape.leaves[value]
+                leaf = self._store.setdefault(value, tape.leaves[value])
+                self._base_versions[value] = leaf._version
+        tape.early.clear()
         tape.forget_leaves(())
+
+    def protect(self, key: int) -> set[int]:
+        """A storage is about to be overwritten: copy what replays need of it.
+
+        Returns:
+            The values that were copied.
+        """
+        found = {v for v in self._base_versions if v in self._store and storage_key(self._store[v]) == key}
+        for value in found:
+            self._store[value] = clone_storage(self._store[value])
+            self._base_versions[value] = self._store[value]._version
+        return found
 
     def holds(self, value: int) -> tuple[Tensor, int] | None:
         """The tensor stored for ``value`` and how many tensors of ours share its storage; None when not stored."""
@@ -238,8 +277,8 @@ class Frame:
         self._check_version(handle)
         if self._observer is not None:
             self._observer.reading(self, handle.slot)
-        if not self._closed:  # backward inside the forward
-            self.close(())
+        if not self._closed:  # backward inside the forward: what is to come is not known yet
+            self._static = False
         base = self._store.get(value)
         if self._static:
             base = self._read_planned(handle, base)
@@ -280,10 +319,16 @@ class Frame:
         unpacks, operators = self._closure(value)
         for code in unpacks:
             self._memo[code] = self._decompress(code)
+        steps = [] if self.tape is None else self.tape.steps
+        for index in operators:
+            if not steps[index].replayable:
+                raise RuntimeError(
+                    f"adacc: the forward of {self.name} left its plan after it had dropped a tensor that only "
+                    f"{steps[index].func} could make, which must not run twice. Pass enabled=False, or fix the control flow"
+                )
         with replaying():
             for index in operators:
-                outputs = self.tape.steps[index].outputs  # type: ignore[union-attr]
-                self._run(index, [v for v in outputs if v not in self._store])
+                self._run(index, [v for v in steps[index].outputs if v not in self._store])
         if operators:
             self._forget_unneeded(value)
         return self._memo[value]
@@ -299,6 +344,10 @@ class Frame:
         base = self._memo.get(value)
         if base is None:
             base = self._store.get(value)
+            if base is not None and self._base_versions.get(value, base._version) != base._version:
+                raise RuntimeError(OVERWRITTEN.format(region=self.name, shape=tuple(base.shape), dtype=base.dtype))
+        if base is None and self.tape is not None and not self._closed:
+            base = self.tape.leaves.get(value, self.tape.early.get(value))
         if base is None:
             raise RuntimeError(f"value {value} of {self.name} is needed to run an operator again, but is gone")
         return base
@@ -307,14 +356,7 @@ class Frame:
         return unpack(self._codes[value])
 
     def _check_version(self, handle: Handle) -> None:
-        value = handle.value
-        changed = handle.watched is not None and handle.watched._version != handle.version
-        if value in self._escaped:
-            watched, version = self._escaped[value]
-            changed |= watched._version != version
-        changed |= self.tape is not None and value >= 0 and self.tape.values[value].superseded
-        changed |= self.plan is not None and value in self.plan.fragile
-        if changed:
+        if handle.watched._version != handle.version:
             shape = tuple(handle.ref.size)
             raise RuntimeError(MUTATED.format(shape=shape, dtype=handle.ref.dtype, region=self.name))
 
@@ -334,7 +376,7 @@ class Frame:
             self._forget_unneeded(None)
 
     def _clear(self) -> None:
-        for held in (self._store, self._codes, self._memo, self._escaped):
+        for held in (self._store, self._codes, self._memo):
             held.clear()  # type: ignore[attr-defined]
         self.tape = None
 
@@ -358,17 +400,22 @@ class Frame:
 
     def _forget_unneeded(self, in_use: int | None) -> None:
         """Without a schedule: hold what the handles that are still alive can come to need."""
+        if not self._closed:  # what is left of the forward may still need it
+            return
         wanted: set[int] = set() if in_use is None else {in_use}
         stored: set[int] = set()
+        retained = retains_graph()
         for slot, value in self._alive.items():
-            if slot in self._pending:
+            if slot in self._pending and not retained:
                 if value in self._memo:
                     wanted.add(value)
                     continue
                 seen = ancestors(self.tape, value, self._store, self._codes, self._memo)
                 wanted |= seen
                 stored |= seen
-            else:  # read once already, alive because the graph is retained
+            else:  # it may be read again, because the graph is retained
+                if slot in self._pending and value in self._memo:
+                    wanted.add(value)
                 stored |= ancestors(self.tape, value, self._store, self._codes)
         self._memo = {v: t for v, t in self._memo.items() if v in wanted}
         self._store = {v: t for v, t in self._store.items() if v in stored or v in wanted}
@@ -394,8 +441,21 @@ class Frame:
         return unpacks, sorted(index for index in operators if index is not None)
 
 
+def _whole(tensor: Tensor) -> Tensor:
+    """The whole storage of ``tensor``, flat."""
+    count = tensor.untyped_storage().nbytes() // tensor.element_size()
+    return torch.as_strided(tensor, (count,), (1,), 0)
+
+
 def _sentinel(tensor: Tensor) -> Tensor:
     """Shares the version counter of ``tensor``, but none of its bytes."""
+    kind = (tensor.dtype, tensor.device)
+    empty = _EMPTY.get(kind)
+    if empty is None:
+        empty = _EMPTY[kind] = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     watched = tensor.detach()
-    watched.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    watched.data = empty
     return watched
+
+
+_EMPTY: dict[tuple[torch.dtype, torch.device], Tensor] = {}

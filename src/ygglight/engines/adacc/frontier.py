@@ -16,7 +16,8 @@ import numpy as np
 
 from ygglight.engines.adacc.allocate import Candidate
 from ygglight.engines.adacc.graph import Action, Policy, RegionGraph
-from ygglight.engines.adacc.milp import LinearModel, RegionSolver, linear_memory, recomputable, small_values
+from ygglight.engines.adacc.linear import LinearModel, linear_memory, recomputable
+from ygglight.engines.adacc.milp import RegionSolver, small_values
 from ygglight.engines.adacc.schedule import executable
 from ygglight.engines.adacc.simulate import simulate_region
 
@@ -24,6 +25,8 @@ EXHAUSTIVE = 600
 """Up to this many policies, try them all."""
 EVALUATIONS = 1000
 """Simulated policies per type in the search (about 0.4 ms each for a transformer block)."""
+GREEDY = 32
+"""Policies that simply recompute the cheapest values."""
 GRID = 128
 """Policies closer than 1/GRID of the plain region in bytes count as alike; the faster one stays."""
 ERROR_GRID = 12
@@ -96,8 +99,11 @@ class Frontier:
             for combination in product(*self.choices.values()):
                 self._add(self._policy(combination))
             return
+        self._greedy()
         self._solver = RegionSolver(graph, self.allow, small_values(graph))
+        self._reserve = self.clock.left / 2  # half of the time is the search's
         self._ladder()
+        self._reserve = 0.0
         self._search(EVALUATIONS)
 
     def candidates(self) -> list[Candidate]:
@@ -175,15 +181,26 @@ class Frontier:
         return candidate
 
     def _solve(self, stored: float | None, backward: float | None, error: float, objective: str = "seconds") -> bool:
-        if self.clock.left <= 0:
+        if self.clock.left <= self._reserve:
             return False
         self.solves += 1
         began = time.perf_counter()
-        policy = self._solver.solve(stored, backward, error, objective=objective, time_limit=max(1.0, self.clock.left))
+        limit = min(5.0, 1.0 + self.clock.left)
+        policy = self._solver.solve(stored, backward, error, objective=objective, time_limit=limit)
         self.clock.charge(time.perf_counter() - began)
         self._last = None if policy is None else linear_memory(self.model, policy)
         self._add(policy)
         return self._last is not None
+
+    def _greedy(self) -> None:
+        """Recompute more and more values, cheapest per byte first. Poor policies, but there without delay."""
+        operators, policy = self.graph.operators, self.plain.policy
+        values = [v for v in self.graph.actionable if (Action.RECOMPUTE, None) in self.choices[v.id] and v.nbytes]
+        values.sort(key=lambda v: operators[v.producer or 0].seconds / v.nbytes)
+        for count, value in enumerate(values, start=1):
+            policy = Policy({**policy.actions, value.id: Action.RECOMPUTE})
+            if count % (1 + len(values) // GREEDY) == 0 or count == len(values):
+                self._add(policy)
 
     def _ladder(self) -> None:
         lossy = any(c.error for v in self.graph.actionable for c in v.codecs) and Action.COMPRESS in self.allow
@@ -227,12 +244,13 @@ class Frontier:
         error = np.array([c.profile.error for c in pool]) * self.instances / max(self.error_budget, 1e-300)
         unit = float(seconds.max()) or 1.0
         best: dict[int, None] = {}
-        for price in np.geomspace(1 / 32, 32, 11):
-            for peak_share, error_share in product((0.0, 0.3, 1.0, 4.0), (0.0, 0.3, 3.0) if error.any() else (0.0,)):
-                total = seconds / unit + price * (stored + peak_share * peak + error_share * error)
-                best[int(total.argmin())] = None
-        for price, share in ((1.0, 0.0), (1.0, 0.3), (1.0, 1.0), (1.0, 4.0), (0.0, 1.0)):  # for the smallest budgets
-            best[int((1e-6 * seconds / unit + price * stored + share * peak).argmin())] = None
+        shares = ((1.0, 0.0), (1.0, 0.3), (1.0, 1.0), (1.0, 4.0), (0.0, 1.0))  # of a price, in stored bytes and peak
+        errors = (0.0, 0.3, 3.0) if error.any() else (0.0,)
+        for price, (of_stored, of_peak), of_error in product(np.geomspace(1 / 32, 32, 11), shares, errors):
+            total = seconds / unit + price * (of_stored * stored + of_peak * peak + of_error * error)
+            best[int(total.argmin())] = None
+        for of_stored, of_peak in shares:  # for the smallest budgets
+            best[int((1e-6 * seconds / unit + of_stored * stored + of_peak * peak).argmin())] = None
         return [pool[i] for i in best]
 
     def _neighbours(self, policy: Policy) -> Iterator[Policy]:

@@ -12,8 +12,8 @@ from ygglight.engines.adacc.planner import smallest_peak
 from ygglight.engines.adacc.build import BuiltStep, slot_name
 from ygglight.engines.adacc.codecs import SPECS
 from ygglight.engines.adacc.frame import RegionPlan
-from ygglight.engines.adacc.graph import Action, Policy
-from ygglight.engines.adacc.schedule import build_schedule
+from ygglight.engines.adacc.graph import Action, Policy, RegionGraph
+from ygglight.engines.adacc.schedule import build_schedule, masks_of
 from ygglight.engines.adacc.simulate import StepProfile, simulate_step
 from ygglight.engines.memory.sizes import format_bytes
 
@@ -204,5 +204,14 @@ def region_plan(built: BuiltStep, index: int, policy: Policy) -> RegionPlan | No
         reads=kind.reads,
         signature=kind.signature,
         specs={value: SPECS[name] for value, name in policy.codecs.items()},
-        fragile=kind.fragile,
+        bases=_bases(kind.graph, policy),
+    )
+
+
+def _bases(graph: RegionGraph, policy: Policy) -> frozenset[int]:
+    """Stored values that could not be made again from the leaves (dropout noise, say)."""
+    masks = masks_of(graph)
+    stored = (value for value, action in policy.actions.items() if action is not Action.RECOMPUTE)
+    return frozenset(
+        v for v in stored if not all(graph.operators[op].replayable for op in masks.cut(1 << v, masks.leaf)[0])
     )

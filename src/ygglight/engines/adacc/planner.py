@@ -57,8 +57,7 @@ class Solution:
         profile: the step under them.
         plain: the step under plain autograd.
         added_seconds: time beyond plain autograd per step.
-        optimal: nothing better exists among the policies that were considered, and for every type those were all
-            there are (few saved values) or came out of a completed search.
+        optimal: proved: every policy of every type was tried, and the choice over instances is exact.
         solve_seconds: time that planning took.
         log: what was done, for a reader.
         budget_bytes, error_budget, allow: what was asked for.
@@ -147,7 +146,7 @@ class _Planner:
             return self._solution(policies, optimal=False)
         choice = self._use_spare(choice, budget)
         choice = self._lower_peak(choice)
-        solution = self._solution(self._policies(choice), self._complete and choice.exact)
+        solution = self._solution(self._policies(choice), choice.exact and all(f.exhaustive for f in self.frontiers))
         if solution.profile.peak_bytes > budget:  # the allocation adds up the very same numbers
             raise AssertionError(f"planned {solution.profile.peak_bytes} bytes for a budget of {budget}")
         return solution
@@ -174,10 +173,6 @@ class _Planner:
 
     def _update(self) -> None:
         self.candidates: list[list[Candidate]] = [frontier.candidates() for frontier in self.frontiers]
-
-    @property
-    def _complete(self) -> bool:
-        return self.clock.left > 0 or all(f.exhaustive for f in self.frontiers)
 
     # -- choice over instances -------------------------------------------------------------------------------------
     def _allocate(self, budget: int) -> Allocation | None:

@@ -57,6 +57,8 @@ class Trace:
     saves: list[int] = field(default_factory=list)
     digests: dict[int, Tensor] = field(default_factory=dict)
     pinned: set[int] = field(default_factory=set)
+    lost: set[int] = field(default_factory=set)
+    """Operators that read a tensor from outside which somebody overwrites before backward."""
     reads: list[int] = field(default_factory=list)
     nodes: list[tuple[int, str]] = field(default_factory=list)
     lifetimes: dict[int, Lifetime] = field(default_factory=dict)
@@ -136,6 +138,7 @@ class Profiler:
         assert tape is not None
         trace = Trace(name, module, frame, tape.steps, tape.values, tape.signature, len(self.samples), inputs)
         tape.on_value = self._value_born
+        tape.on_overwrite = self._overwritten
         self._by_frame[id(frame)] = len(self.traces)
         self.traces.append(trace)
         self._open = trace
@@ -193,11 +196,17 @@ class Profiler:
             self.rebuilt_lifetimes.append(lifetime)
             self._watch_death(lifetime, tensor.untyped_storage(), None)
 
+    def leave_out(self, tensor: Tensor) -> None:
+        """Do not count ``tensor``, just made: it serves the looking, not the step."""
+        lifetime = Lifetime(tensor.untyped_storage().nbytes(), max(0, len(self.samples) - 1), None, -1)
+        self.rebuilt_lifetimes.append(lifetime)
+        self._watch_death(lifetime, tensor.untyped_storage(), None)
+
     # -- told by the meter and the tape ------------------------------------------------------------------------------
     def _operator(self, func: Any, seconds: float, live: int, peak: int) -> None:
         trace, (index, phase, tick) = self._open, self._label
         if trace is not None and not in_backward():
-            tick = len(trace.steps)
+            index, phase, tick = self._by_frame[id(trace.frame)], "F", len(trace.steps)
             while len(trace.seconds) <= tick:
                 trace.seconds.append(0.0)
                 trace.paths.append(self._path[-1] if self._path else "")
@@ -223,6 +232,14 @@ class Profiler:
         trace.lifetimes[value] = lifetime
         self._by_key[key] = lifetime
         self._watch_death(lifetime, storage, trace, key)
+
+    def _overwritten(self, key: int) -> None:
+        """A region writes into a storage from outside: earlier regions must not be rebuilt from it."""
+        for trace in self.traces:
+            copied = trace.frame.protect(key)
+            for index, step in enumerate(trace.steps if copied else ()):
+                if not copied.isdisjoint(step.inputs):
+                    trace.lost.add(index)
 
     def _watch_death(self, lifetime: Lifetime, storage: Any, trace: Trace | None, key: int | None = None) -> None:
         def died(_: Any) -> None:

@@ -29,12 +29,16 @@ def find_blocks(module: nn.Module) -> dict[str, nn.Module]:
         name -> module, in the order of ``named_modules``; empty when nothing repeats.
     """
     blocks: dict[str, nn.Module] = {}
+    known: set[int] = set()  # a block may be reachable by several names
 
     def search(parent: nn.Module, prefix: str) -> None:
         children = [(n, c) for n, c in parent.named_children() if _is_callable_block(c)]
         counts = Counter(type(c) for _, c in children)
         for name, child in parent.named_children():
             path = f"{prefix}{name}"
+            if id(child) in known:
+                continue
+            known.add(id(child))
             if _is_callable_block(child) and counts[type(child)] > 1:
                 blocks[path] = child
             else:
@@ -103,6 +107,8 @@ class RegionSwitch:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             if self.running and torch.is_grad_enabled():
                 self.enter(name, module, (args, kwargs))
+            elif self.running:  # without gradients it is no region; leaving it must not close one
+                self._inside.append((name, False))
 
         return hook
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Container, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ def replaying() -> Iterator[None]:
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(torch.enable_grad())  # as in forward; below autograd it records nothing
         stack.enter_context(below_autograd())
         yield
 
@@ -53,7 +54,8 @@ def run_again(
             return item.view(base_of(rebased.get(item.value, item.value)))
         return [resolve(x) for x in item] if isinstance(item, list) else item
 
-    out = step.func(*[resolve(a) for a in step.args], **{k: resolve(v) for k, v in step.kwargs.items()})
+    with nullcontext() if step.grad_mode else torch.no_grad():
+        out = step.func(*[resolve(a) for a in step.args], **{k: resolve(v) for k, v in step.kwargs.items()})
     results = (out,) if isinstance(out, Tensor) else tensors_in(out)
     for tensor, ref in zip(results, step.refs, strict=True):
         if ref is None or ref.value not in bind:

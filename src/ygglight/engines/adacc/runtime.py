@@ -122,6 +122,11 @@ class Runtime:
         return self._switch.skipped
 
     @property
+    def profiler(self) -> Profiler | None:
+        """What watches the step under way, if anything does."""
+        return self._profiler
+
+    @property
     def profiling(self) -> bool:
         """Whether the step under way is watched."""
         return self._profiler is not None

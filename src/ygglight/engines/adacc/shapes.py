@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from enum import Enum
+from types import ModuleType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ygglight.engines.memory.meter import tensors_in
 
 Shapes = tuple[tuple[int, ...], ...]
+_DEPTH = 6
 
 
 def shapes_of(batch: Any) -> Shapes:
@@ -16,14 +20,20 @@ def shapes_of(batch: Any) -> Shapes:
     return tuple(tuple(t.shape) for t in tensors_in(_plain_containers(batch)))
 
 
-def _plain_containers(batch: Any) -> Any:
+def _plain_containers(batch: Any, depth: int = 0) -> Any:
+    """Nested lists of what ``batch`` holds; objects of the user's are looked into, but not the program behind them."""
     if isinstance(batch, Tensor):
         return batch
-    if hasattr(batch, "items"):
-        return [_plain_containers(v) for _, v in sorted(batch.items(), key=lambda item: str(item[0]))]
+    if depth > _DEPTH:
+        return ()
+    if isinstance(batch, Mapping):
+        items = sorted(batch.items(), key=lambda item: str(item[0]))
+        return [_plain_containers(v, depth + 1) for _, v in items]
     if isinstance(batch, (list, tuple)):
-        return [_plain_containers(v) for v in batch]
-    return [_plain_containers(v) for v in vars(batch).values()] if hasattr(batch, "__dict__") else ()
+        return [_plain_containers(v, depth + 1) for v in batch]
+    if isinstance(batch, (type, Enum, nn.Module, ModuleType)) or callable(batch) or not hasattr(batch, "__dict__"):
+        return ()
+    return [_plain_containers(v, depth + 2) for v in vars(batch).values()]
 
 
 def bucket_of(shapes: Shapes) -> Shapes:

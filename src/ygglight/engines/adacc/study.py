@@ -74,7 +74,7 @@ class Study:
             return
         args, kwargs = inputs
         kind = self._runtime.device.type
-        args, kwargs = pytree.tree_map_only(Tensor, _leafed, (args, kwargs))
+        args, kwargs = pytree.tree_map_only(Tensor, self._hold, (args, kwargs))
         random_state = torch.cuda.get_rng_state(self._runtime.device) if kind == "cuda" else torch.get_rng_state()
         autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         sample = _Sample(name, module, args, kwargs, autocast, random_state)
@@ -87,7 +87,25 @@ class Study:
             return
         for index, tensor in enumerate(tensors_in(outputs)):
             if tensor.requires_grad and is_plain(tensor):
-                tensor.register_hook(_keeper(sample, index))
+                tensor.register_hook(self._keeper(sample, index))
+
+    def _hold(self, tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad or isinstance(tensor, nn.Parameter):
+            return tensor.detach()
+        return self._copied(tensor).requires_grad_(True)
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        # A copy, so that what the study holds can be told from what the step holds, and taken out of the profile.
+        copy = tensor.detach().clone()
+        if self._runtime.profiler is not None:
+            self._runtime.profiler.leave_out(copy)
+        return copy
+
+    def _keeper(self, sample: _Sample, index: int) -> Any:
+        def hook(gradient: Tensor) -> None:
+            sample.output_gradients[index] = self._copied(gradient)
+
+        return hook
 
     # -- after the profiled backward ---------------------------------------------------------------------------------
     def run(self, profiler: Profiler) -> dict[tuple[int, int, str], float]:
@@ -142,13 +160,6 @@ class Study:
                 [o for o, _ in pairs], parameters + inputs, [g for _, g in pairs], allow_unused=True
             )
         return list(gradients[: len(parameters)]), list(gradients[len(parameters) :])
-
-
-def _keeper(sample: _Sample, index: int) -> Any:
-    def hook(gradient: Tensor) -> None:
-        sample.output_gradients[index] = gradient.detach()
-
-    return hook
 
 
 def _leafed(tensor: Tensor) -> Tensor:

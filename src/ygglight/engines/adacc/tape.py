@@ -58,6 +58,8 @@ class Step(NamedTuple):
     writes: tuple[tuple[int, int], ...]
     """(old value, new value) per storage written in place."""
     replayable: bool
+    grad_mode: bool = True
+    """Some kernels (recurrent ones) return more when gradients are wanted."""
 
 
 class TracedValue(NamedTuple):
@@ -86,7 +88,8 @@ def is_replayable(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 # Batch norm updates its running statistics although its schema does not say so. Collectives must not be repeated.
-_EFFECTFUL = ("batch_norm", "_local_scalar_dense", "record_stream", "_assert", "resize_", "set_")
+# Recurrent kernels return a workspace for backward whose padding nobody fills: it never comes out twice the same.
+_EFFECTFUL = ("batch_norm", "_local_scalar_dense", "record_stream", "_assert", "resize_", "set_", "_rnn")
 _EFFECTFUL_NAMESPACES = ("c10d", "_c10d_functional", "fsdp", "symm_mem", "profiler")
 # Memory that somebody fills behind the dispatcher's back (a Triton kernel, say) can not be made again by allocating it.
 _UNINITIALISED = ("aten::empty", "aten::new_empty", "aten::_empty")
@@ -135,6 +138,8 @@ class Tape:
     Attributes:
         steps: the operators, views left out. values: one entry per value id.
         leaves: value id -> detached tensor, held strongly until :meth:`forget_leaves`.
+        wanted: value ids to hold in ``early`` from birth on (a plan rebuilds others from them before they are saved).
+        on_overwrite: told of the storage of a leaf before it is overwritten.
     """
 
     def __init__(self, is_state: Callable[[Tensor], bool]) -> None:
@@ -147,6 +152,9 @@ class Tape:
         self.signature: list[tuple[Any, tuple[int, ...], tuple[int, ...]]] = []
         self.read: set[int] = set()
         self.on_value: Callable[[int, Any], None] | None = None
+        self.on_overwrite: Callable[[int], None] | None = None
+        self.wanted: frozenset[int] = frozenset()
+        self.early: dict[int, Tensor] = {}
 
     def value_of(self, tensor: Tensor) -> int:
         """The id of the value that ``tensor`` shows now; a storage never seen before becomes a leaf."""
@@ -169,8 +177,7 @@ class Tape:
         noted_args = tuple([self._note(a, inputs) for a in args])
         noted_kwargs = {k: self._note(v, inputs) for k, v in kwargs.items()} if kwargs else {}
         opaque = -1 in inputs
-        if kind.written:
-            self._protect_leaves(kind, noted_args, noted_kwargs)
+        leaf_lost = bool(kind.written) and self._protect_leaves(kind, noted_args, noted_kwargs)
         out = func(*args, **kwargs)
 
         outputs: list[int] = []
@@ -197,13 +204,24 @@ class Tape:
         outputs.extend(new for _, new in writes)
         if any(values[old].state for old, _ in writes):
             replayable = False  # it changed a parameter or a buffer
+        if leaf_lost:
+            replayable = False  # what it started from is gone
         if not kind.overwrites and any(not self._restorable(old) for old, _ in writes):
             replayable = False
         self.read.update(inputs)
-        ins, outs = tuple(inputs), tuple(outputs)
-        self.steps.append(Step(func, noted_args, noted_kwargs, ins, outs, tuple(refs), writes, replayable))
+        ins, outs = tuple([v for v in inputs if v >= 0]), tuple(outputs)
+        grad_mode = torch.is_grad_enabled()
+        self.steps.append(Step(func, noted_args, noted_kwargs, ins, outs, tuple(refs), writes, replayable, grad_mode))
         self.signature.append((func, ins, outs))
+        if self.wanted and not self.wanted.isdisjoint(outs):
+            self._hold_early((args, kwargs, out))
         return out
+
+    def _hold_early(self, tree: Any) -> None:
+        for tensor in tensors_in(tree):
+            value = self.known(tensor) if is_plain(tensor) else None
+            if value is not None and value in self.wanted:
+                self.early.setdefault(value, tensor.detach())
 
     def _note(self, item: Any, inputs: list[int]) -> Any:
         if isinstance(item, Tensor):
@@ -249,12 +267,24 @@ class Tape:
             found.extend(x for x in (item if isinstance(item, list) else [item]) if isinstance(x, Ref))
         return found
 
-    def _protect_leaves(self, kind: _Kind, args: Any, kwargs: Any) -> None:
-        """Copy a leaf that is about to be overwritten if a recorded operator has read it: replays need the old one."""
+    def _protect_leaves(self, kind: _Kind, args: Any, kwargs: Any) -> bool:
+        """Copy a leaf that is about to be overwritten if a recorded operator has read it: replays need the old one.
+
+        Returns:
+            Whether one is overwritten that nobody has read, and so was not copied.
+        """
+        lost = False
         for ref in self._written(kind, args, kwargs):
             held = self.leaves.get(ref.value)
-            if held is not None and ref.value in self.read and not self.values[ref.value].state:
+            if held is None:
+                continue
+            if self.on_overwrite is not None:
+                self.on_overwrite(storage_key(held))
+            if ref.value in self.read:
                 self.leaves[ref.value] = clone_storage(held)
+            else:
+                lost = True
+        return lost
 
     def _write(self, kind: _Kind, args: Any, kwargs: Any, index: int) -> tuple[tuple[int, int], ...]:
         writes: list[tuple[int, int]] = []
