@@ -11,7 +11,6 @@ import logging
 import warnings
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -313,4 +312,4 @@ class AdaccModelParallelStrategy(AdaccMixin, RefusesPytorchLightning, ModelParal
         self.config = _config(memory_budget, enabled, compress, max_gradient_error, monitor_every)
 
 
-__all__ = ["AdaccDDPStrategy", "AdaccMixin", "AdaccModelParallelStrategy", "AdaccStrategy", "PlanReport", "torch"]
+__all__ = ["AdaccDDPStrategy", "AdaccMixin", "AdaccModelParallelStrategy", "AdaccStrategy"]

@@ -40,7 +40,7 @@ class FusedBlock(Block):
         self.qkv = nn.Linear(d, 3 * d)
 
     def attend(self, y: Tensor) -> Tensor:
-        b, t, d = y.shape
+        _, t, d = y.shape
         q, k, v = self.qkv(y).chunk(3, dim=-1)
         q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in (q, k, v))
         scores = (q @ k.transpose(-1, -2)) * (d // self.heads) ** -0.5

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ygglight.engines.adacc.graph import Action
 from ygglight.engines.memory.sizes import parse_bytes
 
 
@@ -45,13 +46,24 @@ class AdaccConfig:
                     "for bytes write an int or text such as '8GiB'"
                 )
         elif budget is not None:
-            object.__setattr__(self, "memory_budget", parse_bytes(budget))
+            size = parse_bytes(budget)
+            if size < 1024:
+                raise ValueError(
+                    f"memory_budget={budget!r} means {size} bytes: write a size such as '600MiB', or a float such as "
+                    "0.5 for a share of the unmanaged peak (in YAML 1 is an integer, 1.0 the share)"
+                )
+            object.__setattr__(self, "memory_budget", size)
         if self.enabled not in (True, False, "auto"):
             raise ValueError(f"enabled must be true, false or 'auto', not {self.enabled!r}")
         if not 0 <= self.max_gradient_error < 1:
             raise ValueError(f"max_gradient_error must lie in [0, 1), not {self.max_gradient_error}")
         if self.monitor_every < 0:
             raise ValueError(f"monitor_every must not be negative, not {self.monitor_every}")
+
+    @property
+    def allowed_actions(self) -> frozenset[Action]:
+        """What a plan may do with a tensor."""
+        return frozenset(Action) if self.compress else frozenset({Action.KEEP, Action.RECOMPUTE})
 
     def budget_bytes(self, plain_peak: int, free: int | None) -> int | None:
         """The limit in bytes, given the unmanaged peak and what the device has free (None: unknown)."""

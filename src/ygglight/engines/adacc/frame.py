@@ -324,7 +324,7 @@ class Frame:
             if not steps[index].replayable:
                 raise RuntimeError(
                     f"adacc: the forward of {self.name} left its plan after it had dropped a tensor that only "
-                    f"{steps[index].func} could make, which must not run twice. Pass enabled=False, or fix the control flow"
+                    f"{steps[index].func} could make, which must not run twice. Pass enabled=False"
                 )
         with replaying():
             for index in operators:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from ygglight.engines.adacc.planner import InfeasibleBudget
 
 from ygglight.engines.adacc.plan import Plan
+from ygglight.engines.adacc.planner import InfeasibleBudget, smallest_peak
 
 if TYPE_CHECKING:
     from ygglight.engines.adacc.runtime import Runtime
@@ -84,7 +84,11 @@ def search_max_batch(
             torch.cuda.empty_cache()
             return None, 0
         assert runtime.plan is not None
-        return runtime.plan, runtime.plan.floor_bytes
+        config = runtime.config
+        floor = smallest_peak(
+            runtime.plan.built.step, error_budget=config.max_gradient_error**2, allow=config.allowed_actions
+        )
+        return runtime.plan, floor
 
     plan, floor = attempt(given)
     first = plan

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from ygglight.engines.adacc.planner import smallest_peak
-
 from ygglight.engines.adacc.build import BuiltStep, slot_name
 from ygglight.engines.adacc.codecs import SPECS
 from ygglight.engines.adacc.frame import RegionPlan
@@ -84,11 +82,6 @@ class Plan:
     def plain_stored_bytes(self) -> int:
         """What plain autograd would hold."""
         return sum(simulate_step(self.built.step, keep_all(self.built)).stored_bytes)
-
-    @cached_property
-    def floor_bytes(self) -> int:
-        """The smallest peak that any plan for this step can reach."""
-        return smallest_peak(self.built.step)
 
     @cached_property
     def regions(self) -> dict[str, RegionPlan | None]:

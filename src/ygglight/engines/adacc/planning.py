@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from ygglight.engines.adacc.planner import plan as solve
 
 from ygglight.engines.adacc.build import BuiltStep
 from ygglight.engines.adacc.config import AdaccConfig
 from ygglight.engines.adacc.graph import Action, Policy
 from ygglight.engines.adacc.plan import Plan, keep_all, recompute_all
+from ygglight.engines.adacc.planner import InfeasibleBudget
+from ygglight.engines.adacc.planner import plan as solve
 from ygglight.engines.adacc.schedule import validate_policy
 from ygglight.engines.adacc.simulate import simulate_step
 from ygglight.engines.memory.sizes import format_bytes
@@ -37,22 +38,28 @@ class Planning:
     def make(self, built: BuiltStep, version: int, reason: str) -> Plan:
         """The plan for ``built`` under the configured budget; rank 0's when there are several ranks."""
         plain = simulate_step(built.step, keep_all(built))
-        budget = self._config.budget_bytes(plain.peak_bytes, free_bytes(self._module, self._device))
-        allow = frozenset(Action) if self._config.compress else frozenset({Action.KEEP, Action.RECOMPUTE})
-        solution = solve(
-            built.step,
-            budget,
-            error_budget=self._config.max_gradient_error**2,
-            allow=allow,
-            time_limit=self._config.time_limit,
-        )
-        policies = solution.policies
+        budget = self._config.budget_bytes(plain.peak_bytes, free_bytes(self._module, self._device, first=version == 1))
+        solution, failure = None, None
+        try:
+            solution = solve(
+                built.step,
+                budget,
+                error_budget=self._config.max_gradient_error**2,
+                allow=self._config.allowed_actions,
+                time_limit=self._config.time_limit,
+            )
+        except InfeasibleBudget as error:
+            failure = error
+        policies = () if solution is None else solution.policies
         # Only the first plan is agreed on: every rank makes it at the same step, later ones need not come together,
-        # and no plan changes which collectives run.
+        # and no plan changes which collectives run. A rank without a plan comes too, or the others would wait for it.
         if self._agree is not None and version == 1:
             names, theirs = self._agree((built.step.names, policies))
-            if names == built.step.names and _is_valid(built, theirs):
+            if names == built.step.names and theirs and _is_valid(built, theirs):
                 policies = theirs
+        if solution is None:
+            assert failure is not None
+            raise failure
         return self.complete(built, policies, solution.solve_seconds, version, reason)
 
     def complete(
@@ -60,7 +67,7 @@ class Planning:
     ) -> Plan:
         """The plan with ``policies``, simulated, beside its two reference points."""
         plain = simulate_step(built.step, keep_all(built))
-        budget = self._config.budget_bytes(plain.peak_bytes, free_bytes(self._module, self._device))
+        budget = self._config.budget_bytes(plain.peak_bytes, free_bytes(self._module, self._device, first=version == 1))
         return Plan(
             built=built,
             policies=policies,
@@ -112,16 +119,17 @@ def policy_from_dict(state: dict[str, Any]) -> Policy:
     )
 
 
-def free_bytes(module: nn.Module, device: torch.device) -> int | None:
-    """What a CUDA device could still give to activations, less 5 % of it; None elsewhere.
+def free_bytes(module: nn.Module, device: torch.device, *, first: bool) -> int | None:
+    """What a CUDA device could give to activations, less 5 %; None elsewhere.
 
-    Gradients exist when this is asked (after the first backward); two optimizer moments a parameter may not yet.
+    ``first``: before the first optimizer step, when two optimizer moments a trained parameter have yet to be made.
+    Gradients exist by then: this is asked after a backward.
     """
     if device.type != "cuda":
         return None
-    free, total = torch.cuda.mem_get_info(device)
+    free, _ = torch.cuda.mem_get_info(device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    moments = sum(8 * p.numel() for p in module.parameters() if p.requires_grad)
-    usable = free + cached - moments - total // 20
+    moments = sum(8 * p.numel() for p in module.parameters() if p.requires_grad) if first else 0
+    usable = int(0.95 * (free + cached - moments))
     log.info("adacc: %s free for activations", format_bytes(usable))
     return max(usable, 1)
