@@ -15,7 +15,8 @@ from typing import Any
 from benchmarks import adacc_baselines as others
 from benchmarks.adacc_goals import goals, recovered
 from benchmarks.harness import DoesNotFit, Incorrect, Options, Report, Variant, measure
-from benchmarks.workload import SIZES, Workload, sizes
+from benchmarks.sizes import SIZES, sizes
+from benchmarks.workload import Workload
 from ygglight.engines.adacc.config import AdaccConfig
 from ygglight.engines.adacc.graph import Action, Policy
 from ygglight.engines.adacc.plan import Plan, keep_all
@@ -26,7 +27,7 @@ from ygglight.engines.adacc.schedule import validate_policy
 from ygglight.engines.adacc.simulate import simulate_region, simulate_step
 
 BUDGETS = (0.3, 0.5, 0.7, 0.9)
-COLUMNS = ("recovered", "held_bytes", "predicted_bytes", "budget_bytes", "gradient_error", "layers")
+COLUMNS = ("recovered", "allocator_bytes", "held_bytes", "predicted_bytes", "budget_bytes", "gradient_error", "layers")
 
 
 class Adacc:
@@ -74,12 +75,15 @@ class Adacc:
             self.runtime.detach()
 
     def prepare(self) -> dict[str, Any]:
-        """Profile and plan in the first step, check the second, count bytes in the third."""
+        """Profile and plan in the first step, check the second, count bytes in two more."""
+        with self._attached():  # once: it is in the next step that the runtime counts the surprises of the last
+            return self._prepare()
+
+    def _prepare(self) -> dict[str, Any]:
         runtime, work = self.runtime, self.work
         work.clear()
         try:
-            with self._attached():
-                self.step()
+            self.step()
         except InfeasibleBudget as error:
             raise DoesNotFit(str(error)) from error
         plan = runtime.plan
@@ -89,19 +93,16 @@ class Adacc:
             plan = one_tensor_per_block(plan)
             runtime.forced = plan.regions
         bound = 2 * self.config.max_gradient_error if self.config.compress else 0.0
-        error = work.check(self.step, self._attached, bound)
-        peak = work.peak(self.step, self._attached)
-        if runtime.surprises or runtime.skipped:
-            raise Incorrect(f"the plan was not carried out: {runtime.surprises} surprises, skipped {runtime.skipped}")
         metrics: dict[str, Any] = {
-            "gradient_error": error,
-            "peak_bytes": peak,
-            "held_bytes": work.held,
+            "gradient_error": work.check(self.step, bound=bound),
             "predicted_bytes": plan.predicted_peak_bytes,
             "predicted_plain_bytes": plan.plain_peak_bytes,
             "predicted_added_s": plan.added_seconds,
             "planning_s": plan.solve_seconds,
         }
+        metrics |= work.bytes_of(self.step)
+        if runtime.surprises or runtime.skipped:
+            raise Incorrect(f"the plan was not carried out: {runtime.surprises} surprises, skipped {runtime.skipped}")
         if plan.budget_bytes is not None and not self.one_per_block:
             metrics["budget_bytes"] = plan.budget_bytes
         return metrics | {f"{action}_bytes": size for action, size in plan.saved_bytes.items()}

@@ -140,10 +140,9 @@ def uniform_int4(work: Workload) -> Iterator[None]:
 
 
 # -- variants --------------------------------------------------------------------------------------------------------
-def _variant(work: Workload, name: str, around: Callable[[], Any], bound: float | None = 0.0, **more: Any) -> Variant:
+def _variant(work: Workload, name: str, around: Callable[[], Any], bound: float | None = 0.0) -> Variant:
     def prepare() -> dict[str, Any]:
-        error = work.check(work.step, around, bound)
-        return {"gradient_error": error, "peak_bytes": work.peak(work.step, around), "held_bytes": work.held} | more
+        return {"gradient_error": work.check(work.step, around, bound)} | work.bytes_of(work.step, around)
 
     return Variant(name, work.step, prepare, lambda: _fresh(work, around))
 
@@ -205,8 +204,7 @@ def _fitted_variant(
         count = smallest_that_fits(lambda n: work.peak(work.step, make(n)), most, budget)
         chosen.append(make(count))
         error = work.check(work.step, chosen[0])
-        peak = work.peak(work.step, chosen[0])
-        return {"gradient_error": error, "peak_bytes": peak, "held_bytes": work.held, "layers": count}
+        return {"gradient_error": error, "layers": count} | work.bytes_of(work.step, chosen[0])
 
     return Variant(name, work.step, prepare, lambda: _fresh(work, chosen[0]))
 

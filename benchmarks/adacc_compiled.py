@@ -23,14 +23,15 @@ from torch import nn
 from benchmarks import adacc_baselines as others
 from benchmarks.adacc import Adacc
 from benchmarks.adacc_goals import recovered
+from benchmarks.allocator import allocated
 from benchmarks.harness import Options, Report, Skip, Variant, measure
-from benchmarks.workload import SIZES, Workload, sizes
+from benchmarks.sizes import SIZES, sizes
+from benchmarks.workload import Workload
 
 BUDGETS = (1.0, 0.7, 0.5, 0.3)
 BOUND = {"float32": 1e-3, "bfloat16": 5e-2}
 """Relative gradient error allowed to compiled code: it adds in another order, and keeps bfloat16 chains in float32."""
 COLUMNS = ("recovered", "held_bytes", "first_peak_bytes", "gradient_error", "compile_s")
-_FORWARD = "ygglight benchmark forward"
 
 
 def run(options: Options) -> list[Report]:
@@ -135,39 +136,8 @@ def bytes_of(work: Workload, step: Callable[[], Any], around: Callable[[], Any])
     Args:
         work: whose step it is. step, around: of a variant.
     """
-    allocated = _allocated_cuda if work.device.type == "cuda" else _allocated_cpu
     with around():
         work.clear()
-        first, _ = allocated(work, step)
-        peak, held = allocated(work, step)  # gradients are there now
+        first, _ = allocated(step, work.device, work.between)
+        peak, held = allocated(step, work.device, work.between)  # gradients are there now
     return {"peak_bytes": peak, "held_bytes": held, "first_peak_bytes": first}
-
-
-def _allocated_cuda(work: Workload, step: Callable[[], Any]) -> tuple[int, int]:
-    held = [0]
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    with work.between(lambda: held.__setitem__(0, torch.cuda.memory_allocated() - before)):
-        step()
-    return torch.cuda.max_memory_allocated() - before, held[0]
-
-
-def _allocated_cpu(work: Workload, step: Callable[[], Any]) -> tuple[int, int]:
-    from torch.profiler import ProfilerActivity, profile, record_function
-
-    def mark() -> None:
-        with record_function(_FORWARD):
-            pass
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, work.between(mark):
-        step()
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    over = next(event.start_ns() for event in events if event.name() == _FORWARD)
-    live = peak = held = 0
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-        if event.start_ns() <= over:
-            held = live
-    return peak, held

@@ -189,6 +189,7 @@ def measure(variants: Iterable[Variant], options: Options, say: Callable[[str], 
             running.append((variant, result))
         except Exception as error:
             result.status = _status(error)
+        if result.status != "ok":  # out here, where the error no longer holds what was alive when it was raised
             _recover(options.device)
         say(f"  {variant.name}: {result.status}, prepared in {time.perf_counter() - start:.1f} s")
     gc.collect()
@@ -199,14 +200,14 @@ def measure(variants: Iterable[Variant], options: Options, say: Callable[[str], 
             for variant, result in list(running):
                 try:
                     seconds = _time(variant, options.device)
+                    if number >= 0:
+                        result.seconds.append(seconds)
                 except Exception as error:
                     result.status, result.seconds = _status(error), []
+                if result.status != "ok":
                     running.remove((variant, result))
                     _recover(options.device)
                     say(f"  {variant.name}: {result.status}")
-                    continue
-                if number >= 0:
-                    result.seconds.append(seconds)
             kind = "warm-up" if number < 0 else f"round {number + 1}/{options.rounds}"
             say(f"  {kind}: {time.perf_counter() - start:.1f} s")
     finally:

@@ -10,75 +10,23 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.allocator import allocated
 from benchmarks.harness import Incorrect
+from benchmarks.sizes import SHAPES, Size
 from ygglight.compat import transformers as hf
 from ygglight.data import assets
 from ygglight.engines.memory.meter import LiveBytes
 from ygglight.modules import CausalLM
 from ygglight.modules.loss import chunked_loss
 
-_SMOLLM2 = {
-    "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-    "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True, "max_position_embeddings": 8192,
-}  # fmt: skip
-_LLAMA_1B = {
-    "hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 24, "num_attention_heads": 16,
-    "num_key_value_heads": 16, "vocab_size": 32000, "tie_word_embeddings": False, "max_position_embeddings": 4096,
-}  # fmt: skip
-
-
 GPU_ERROR = 2e-3
 """Relative gradient error that an exact variant may show on a GPU in any case: about one bfloat16 rounding."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """A model and a batch.
-
-    Args:
-        model: "smollm2" (real weights where the package is there) or "llama-1.3b" (random weights).
-        batch: sequences. tokens: per sequence. dtype: of the weights, and so of everything.
-        overrides: changed fields of the configuration; a changed shape means random weights.
-    """
-
-    model: str
-    batch: int
-    tokens: int
-    dtype: str
-    overrides: tuple[tuple[str, int], ...] = ()
-
-
-SIZES = {
-    # The whole vocabulary of 49,152 would drown six layers in the gradient of the tied embedding.
-    "quick": Size("smollm2", 1, 256, "float32", (("num_hidden_layers", 6), ("vocab_size", 4096))),
-    "smollm2-1x512": Size("smollm2", 1, 512, "float32"),
-    "smollm2-1x1024": Size("smollm2", 1, 1024, "float32"),
-    "quick-cuda": Size("smollm2", 4, 1024, "bfloat16", (("num_hidden_layers", 6), ("vocab_size", 4096))),
-    "smollm2-16x2048": Size("smollm2", 16, 2048, "bfloat16"),
-    "llama-1.3b-8x2048": Size("llama-1.3b", 8, 2048, "bfloat16"),
-}
-DEFAULTS = {("cpu", False): ("smollm2-1x512",), ("cpu", True): ("quick",),
-            ("cuda", False): ("llama-1.3b-8x2048", "smollm2-16x2048"), ("cuda", True): ("quick-cuda",)}  # fmt: skip
-
-
-def sizes(device: str, quick: bool, name: str | None) -> tuple[str, ...]:
-    """Names of the sizes to run.
-
-    Raises:
-        KeyError: there is no such size; the text lists those that there are.
-    """
-    if name is None:
-        return DEFAULTS[device, quick]
-    if name not in SIZES:
-        raise KeyError(f"no size {name!r}; there are: {', '.join(SIZES)}")
-    return (name,)
 
 
 class Workload:
@@ -89,7 +37,6 @@ class Workload:
 
     Attributes:
         module: the CausalLM. batch: token ids and labels. weights: "real" or "random". layers: the decoder layers.
-        held: live bytes above state at the end of the last probed forward.
     """
 
     def __init__(self, size: Size, device: str) -> None:
@@ -101,7 +48,7 @@ class Workload:
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         ids = _tokens(size, self.module, self.weights).to(self.device)
         self.batch = {"input_ids": ids, "labels": ids}
-        self.held = 0
+        self._held = 0
         self._between: Callable[[], Any] | None = None
         self._exact: list[Tensor] = []
         self._noise: float | None = None
@@ -145,20 +92,33 @@ class Workload:
             parameter.grad = None
 
     # -- what is measured ------------------------------------------------------------------------------------------
-    def peak(self, step: Callable[[], Any], around: Callable[[], Any] = nullcontext) -> int:
-        """Live bytes above state of ``step``, the figure that ``memory_budget`` bounds; also sets :attr:`held`.
+    def bytes_of(self, step: Callable[[], Any], around: Callable[[], Any] = nullcontext) -> dict[str, int]:
+        """``peak_bytes``, what ``memory_budget`` bounds; ``held_bytes``, alive between forward and backward; and
+        ``allocator_bytes``, the peak that the allocator saw with nobody watching."""
+        peak = self.peak(step, around)
+        held = self._held
+        with around():
+            unwatched, _ = allocated(step, self.device, self.between)
+        return {"peak_bytes": peak, "held_bytes": held, "allocator_bytes": unwatched}
 
-        Gradients exist before, so that on CUDA none of them is counted at one end and not at the other.
+    def peak(self, step: Callable[[], Any], around: Callable[[], Any] = nullcontext) -> int:
+        """Live bytes above state of ``step``; on a CPU by ``LiveBytes``, on CUDA from the allocator.
+
+        Gradients exist before, so that none of them is counted at one end of the step and not at the other.
         """
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        with around(), LiveBytes(self.parameters, self.device) as meter, self.between(lambda: self._hold(meter)):
-            step()
-            return meter.peak
+        with around():
+            if self.device.type == "cuda":
+                peak, self._held = allocated(step, self.device, self.between)
+                return peak
+            with LiveBytes(self.parameters, self.device) as meter, self.between(lambda: self._hold(meter)):
+                step()
+                return meter.peak
 
     def _hold(self, meter: LiveBytes) -> None:
-        self.held = meter.live
+        self._held = meter.live
 
     def remember_exact(self) -> None:
         """Two plain steps: the gradients that all others are held against, and how far plain is from itself."""
@@ -214,7 +174,7 @@ class Workload:
 
 # -- loading ---------------------------------------------------------------------------------------------------------
 def _load(size: Size) -> tuple[CausalLM, str]:
-    shape = {"smollm2": _SMOLLM2, "llama-1.3b": _LLAMA_1B}[size.model] | dict(size.overrides)
+    shape = SHAPES[size.model] | dict(size.overrides)
     keeps_shapes = all(name == "num_hidden_layers" for name, _ in size.overrides)
     if size.model == "smollm2" and keeps_shapes and _has_smollm2():
         module = CausalLM(assets.SMOLLM2, dtype=size.dtype, config_overrides=dict(size.overrides) or None)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import act_codec, adacc, adacc_baselines, workload
+from benchmarks import act_codec, adacc, adacc_baselines
 from benchmarks.adacc_goals import goals, recovered, recovered_share
 from benchmarks.harness import DoesNotFit, Incorrect, Options, Report, Result
-from benchmarks.workload import SIZES, Size, Workload, sizes
+from benchmarks.sizes import DEFAULTS, SIZES, Size, sizes
+from benchmarks.workload import Workload
 
 TINY = Size(
     "smollm2", 1, 64, "float32",
@@ -79,7 +80,7 @@ def test_smallest_that_fits(budget: int, count: int) -> None:
 
 def test_sizes() -> None:
     assert sizes("cpu", False, None) == ("smollm2-1x512",)
-    assert {name for names in workload.DEFAULTS.values() for name in names} <= set(SIZES)
+    assert {name for names in DEFAULTS.values() for name in names} <= set(SIZES)
     with pytest.raises(KeyError, match="there are"):
         sizes("cpu", False, "huge")
 

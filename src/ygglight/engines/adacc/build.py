@@ -16,7 +16,7 @@ from ygglight.engines.adacc.codecs import (
     codecs_for,
 )
 from ygglight.engines.adacc.graph import CodecOption, Operator, RegionGraph, StepGraph, Value
-from ygglight.engines.adacc.profiler import Profiler, Trace, exclusive_user
+from ygglight.engines.adacc.profiler import Profiler, Trace, exclusive_user, pinned_values
 from ygglight.engines.adacc.regions import ROOT
 
 # Seconds added per operator that runs again (building its arguments from the tape, about 8 us measured on one core),
@@ -57,10 +57,11 @@ class BuiltStep:
 def kind_keys(profiler: Profiler) -> list[tuple[object, ...]]:
     """Per trace, what makes two region instances one type."""
     keys: list[tuple[object, ...]] = []
-    for trace in profiler.traces:
+    for index, trace in enumerate(profiler.traces):
         signature = tuple((str(f), i, o) for f, i, o in trace.signature)
         sizes = tuple(v.nbytes for v in trace.values)
-        keys.append((signature, sizes, tuple(trace.saves), tuple(trace.reads), frozenset(trace.pinned)))
+        leaves = tuple(sorted(_leaf_bytes(profiler, [index]).items()))
+        keys.append((signature, sizes, tuple(trace.saves), tuple(trace.reads), pinned_values(trace), leaves))
     return keys
 
 
@@ -122,6 +123,7 @@ def _kind(
     for slot, (_, node) in zip(first.reads, first.nodes, strict=True):
         readers[first.saves[slot]].append(node)
     names = value_names(first)
+    held_by_others = pinned_values(first)
     births, deaths = _lives(traces)
     leaf_bytes = _leaf_bytes(profiler, indices)
     values = []
@@ -129,7 +131,7 @@ def _kind(
         leaf = traced.producer is None
         saved = vid in set(first.saves)
         nbytes = leaf_bytes.get(vid, 0) if leaf else 0 if traced.state else traced.nbytes
-        pinned = saved and not leaf and (vid in first.pinned or traced.state)
+        pinned = saved and not leaf and (vid in held_by_others or traced.state)
         options: tuple[CodecOption, ...] = ()
         if compress and saved and not leaf and not pinned and nbytes >= MIN_BYTES:
             noise = _is_dropout_noise(first, vid)
@@ -219,6 +221,7 @@ def _lives(traces: list[Trace]) -> tuple[dict[int, int], dict[int, int]]:
     last_read = [-1] * len(first.values)
     overwritten: dict[int, int] = {}
     origin = first.origins()
+    pinned = {id(trace): pinned_values(trace) for trace in traces}
     for index, step in enumerate(first.steps):
         for value in step.inputs:
             last_read[value] = index
@@ -230,7 +233,7 @@ def _lives(traces: list[Trace]) -> tuple[dict[int, int], dict[int, int]]:
         death = 0
         for trace in traces:
             lifetime = trace.lifetimes.get(origin[value])
-            if lifetime is None or value in trace.pinned:
+            if lifetime is None or value in pinned[id(trace)]:
                 death = count
             elif lifetime.held:  # we hold it, so nobody can tell: its last reader
                 death = max(death, last_read[value], births[value])

@@ -153,6 +153,8 @@ class Frame:
             watched = _sentinel(tensor)
             if action is Action.COMPRESS and value not in self._codes:
                 self._compress(value, tensor)
+        if self.tape is not None:
+            self.tape.early.pop(value, None)
         ref = Ref(value, tensor.size(), tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
         self._saved_values.add(value)
         self._alive[slot] = value

@@ -311,6 +311,12 @@ def exclusive_user(lifetime: Lifetime) -> Trace | None:
     return next(iter(users.values())) if len(users) == 1 and not lifetime.held else None
 
 
+def pinned_values(trace: Trace) -> frozenset[int]:
+    """Saved values whose bytes stay whatever is done with them: somebody, or a later region, holds them too."""
+    shared = {o for o, life in trace.lifetimes.items() if life.held and any(user is not trace for user, _ in life.users)}
+    return frozenset(trace.pinned) | {value for value, origin in enumerate(trace.origins()) if origin in shared}
+
+
 def _digest(tensor: Tensor) -> Tensor:
     """Two sums that tell another tensor from this one; a kernel's own non-determinism is below their tolerance."""
     if tensor.dtype.is_complex:

@@ -212,10 +212,13 @@ class Runtime:
             self._switch.end()
 
     # -- planning --------------------------------------------------------------------------------------------------
-    def _make_plan(self, profiler: Profiler, errors: dict[tuple[int, int, str], float]) -> None:
-        built = build_step(profiler, self.device, compress=self.config.compress, errors=errors)
+    def _make_plan(self, profiler: Profiler, errors: dict[tuple[int, int, str], float] | None) -> None:
         bucket = bucket_of(self._shapes)
         known = self._plans.get(bucket)
+        if errors is None and known is not None and covers(known[0], self._shapes):
+            return  # a gradient that is not finite tells nothing: the plan stands, and the look is still due
+        compress = self.config.compress and errors is not None
+        built = build_step(profiler, self.device, compress=compress, errors=errors)
         snapshot = Snapshot.of(built)
         reason, self._due = self._plan_reason, None
         if known is not None and covers(known[0], self._shapes) and self._snapshot is not None:

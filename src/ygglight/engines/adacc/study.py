@@ -108,8 +108,11 @@ class Study:
         return hook
 
     # -- after the profiled backward ---------------------------------------------------------------------------------
-    def run(self, profiler: Profiler) -> dict[tuple[int, int, str], float]:
-        """(type index, value id, codec) -> squared relative error of the whole gradient caused by one instance."""
+    def run(self, profiler: Profiler) -> dict[tuple[int, int, str], float] | None:
+        """(type index, value id, codec) -> squared relative error of the whole gradient caused by one instance.
+
+        None when the gradient was not finite: nothing can be said of its error.
+        """
         samples = {t: s for t, s in self._samples.items() if s.output_gradients}
         if not samples:
             return {}
@@ -118,8 +121,8 @@ class Study:
         kinds = {key: position for position, key in enumerate(dict.fromkeys(keys))}
         norms = _gradient_norms(self._runtime.module, self._runtime.blocks, profiler.traces[0].name)
         total = sum(norms.values())
-        if not math.isfinite(total):  # an overflowed fp16 step says nothing; the defaults stand until the next look
-            return {}
+        if not math.isfinite(total):  # an overflowed fp16 step, say
+            return None
         found: dict[tuple[int, int, str], list[float]] = {}
         for trace, sample in samples.items():
             index = kinds[keys[trace]]

@@ -214,13 +214,13 @@ class Tape:
         self.steps.append(Step(func, noted_args, noted_kwargs, ins, outs, tuple(refs), writes, replayable, grad_mode))
         self.signature.append((func, ins, outs))
         if self.wanted and not self.wanted.isdisjoint(outs):
-            self._hold_early((args, kwargs, out))
+            self._hold_early(self.wanted.intersection(outs), (args, kwargs, out))
         return out
 
-    def _hold_early(self, tree: Any) -> None:
+    def _hold_early(self, born: frozenset[int], tree: Any) -> None:
         for tensor in tensors_in(tree):
             value = self.known(tensor) if is_plain(tensor) else None
-            if value is not None and value in self.wanted:
+            if value in born:
                 self.early.setdefault(value, tensor.detach())
 
     def _note(self, item: Any, inputs: list[int]) -> Any:
