@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Goal, Incorrect, Options, Report, Result, Variant, measure, quantile
+from benchmarks.harness import BadInput, Goal, Incorrect, Options, Report, Result, Variant, measure, quantile
 from ygglight.kernels import _dispatch
 from ygglight.kernels.act_codec import INT4, INT8, MASK, CodecSpec, pack, unpack
 
@@ -23,6 +23,7 @@ MEGA = 2**20
 SIZES = {("cpu", False): (1, 16), ("cpu", True): (1,), ("cuda", False): (1, 16, 64), ("cuda", True): (1,)}
 """Millions (2**20) of elements."""
 GOAL = 0.7
+COLUMNS = ("ns_per_element", "GB_per_s", "copy_share", "bits")
 CODECS: tuple[CodecSpec, ...] = (INT4, INT8, MASK)
 _STEPS = {"int4": 15, "int8": 255}
 
@@ -33,6 +34,8 @@ def run(options: Options) -> list[Report]:
     Args:
         options: from the command line; ``size`` is a number of 2**20 elements.
     """
+    if options.size and not options.size.isdigit():
+        raise BadInput(f"size {options.size!r}: give a number of 2**20 elements, e.g. 16")
     millions = (int(options.size),) if options.size else SIZES[options.device, options.quick]
     dtypes = (torch.float32, torch.bfloat16) if options.device == "cuda" or not options.quick else (torch.float32,)
     return [_run(count * MEGA, dtype, options) for count in millions for dtype in dtypes]
@@ -47,7 +50,7 @@ def _run(numel: int, dtype: torch.dtype, options: Options) -> Report:
     data[:: numel // 1000] *= 25  # a few channels stick out, as in transformers
     data = data.to(options.device)
     results = measure(_variants(data, options), options)
-    report = Report("act_codec", case, results, ("clone",), ("ns_per_element", "GB_per_s", "copy_share", "bits"))
+    report = Report("act_codec", case, results, ("clone",), COLUMNS)
     clone = report.get("clone")
     for result in results:
         if result.ok:

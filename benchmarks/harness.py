@@ -21,6 +21,10 @@ import torch
 QUICK_REPEATS, FULL_REPEATS = 3, 20
 
 
+class BadInput(ValueError):
+    """The command line asks for something that there is not; the text says what there is."""
+
+
 class Incorrect(Exception):
     """A correctness check failed: the timing would be of something else."""
 

@@ -38,6 +38,15 @@ def load(name: str) -> Benchmark:
     return found
 
 
+def columns(name: str) -> tuple[str, ...]:
+    """The metrics that a table of this benchmark shows: its module's ``COLUMNS``.
+
+    Args:
+        name: a key of ``BENCHMARKS``.
+    """
+    return tuple(getattr(importlib.import_module(BENCHMARKS[name].partition(":")[0]), "COLUMNS", ()))
+
+
 def summary(name: str) -> str:
     """The first line of the benchmark's module docstring, read without importing it.
 

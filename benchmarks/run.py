@@ -7,9 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from benchmarks import record
-from benchmarks.harness import Options, Report
-from benchmarks.registry import BENCHMARKS, load, summary
+from benchmarks.harness import BadInput, Options, Report
+from benchmarks.registry import BENCHMARKS, columns, load, summary
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,15 +46,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if parsed.verb == "table":
         found = record.latest(parsed.name, parsed.results)
-        print(record.markdown(found) if found else f"no run of {parsed.name} is recorded in {parsed.results}")
+        nothing = f"no run of {parsed.name} is recorded in {parsed.results}"
+        print(record.markdown(found, columns(parsed.name)) if found else nothing)
         return 0
     if parsed.repeats is not None and parsed.repeats < 1:
         print("--repeats must be at least 1", file=sys.stderr)
         return 2
+    if parsed.device == "cuda" and not torch.cuda.is_available():
+        print("--device cuda, but torch sees no CUDA device", file=sys.stderr)
+        return 2
     only = tuple(pattern.strip() for pattern in parsed.only.split(",") if pattern.strip())
     options = Options(parsed.device, parsed.quick, parsed.repeats, parsed.size, only)
     where = record.environment(options)
-    reports = load(parsed.name)(options)
+    try:
+        reports = load(parsed.name)(options)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     show(reports, where)
     if not parsed.no_record:
         for report in reports:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+from benchmarks.harness import BadInput
 
 SMOLLM2: dict[str, Any] = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
@@ -30,7 +32,7 @@ class Size:
     model: str
     batch: int
     tokens: int
-    dtype: str
+    dtype: Literal["float32", "bfloat16"]
     overrides: tuple[tuple[str, int], ...] = ()
 
 
@@ -51,10 +53,10 @@ def sizes(device: str, quick: bool, name: str | None) -> tuple[str, ...]:
     """Names of the sizes to run.
 
     Raises:
-        KeyError: there is no such size; the text lists those that there are.
+        BadInput: there is no such size; the text lists those that there are.
     """
     if name is None:
         return DEFAULTS[device, quick]
     if name not in SIZES:
-        raise KeyError(f"no size {name!r}; there are: {', '.join(SIZES)}")
+        raise BadInput(f"no size {name!r}; there are: {', '.join(SIZES)}")
     return (name,)

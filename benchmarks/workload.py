@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.allocator import allocated
 from benchmarks.harness import Incorrect
@@ -43,8 +43,8 @@ class Workload:
         self.size, self.device = size, torch.device(device)
         self.module, self.weights = _load(size)
         self.module.to(self.device).train()
-        self.network: Any = self.module.model
-        self.layers: list[nn.Module] = hf.decoder_layers(self.network)
+        self.network: Any = _network(self.module)
+        self.layers: list[Any] = list(hf.decoder_layers(self.network))
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         ids = _tokens(size, self.module, self.weights).to(self.device)
         self.batch = {"input_ids": ids, "labels": ids}
@@ -189,6 +189,10 @@ def _load(size: Size) -> tuple[CausalLM, str]:
     return module, "random"
 
 
+def _network(module: CausalLM) -> Any:
+    return module.model
+
+
 def _has_smollm2() -> bool:
     try:
         assets.resolve_model(assets.SMOLLM2)
@@ -206,5 +210,5 @@ def _tokens(size: Size, module: CausalLM, weights: str) -> Tensor:
         if len(ids) == count:
             return ids.reshape(size.batch, size.tokens)
     generator = torch.Generator().manual_seed(0)
-    vocabulary = int(module.model.config.vocab_size)  # type: ignore[union-attr]
-    return torch.randint(0, vocabulary, (size.batch, size.tokens), generator=generator)
+    config: Any = module.model.config  # type: ignore[union-attr]
+    return torch.randint(0, config.vocab_size, (size.batch, size.tokens), generator=generator)

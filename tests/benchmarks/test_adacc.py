@@ -81,7 +81,7 @@ def test_smallest_that_fits(budget: int, count: int) -> None:
 def test_sizes() -> None:
     assert sizes("cpu", False, None) == ("smollm2-1x512",)
     assert {name for names in DEFAULTS.values() for name in names} <= set(SIZES)
-    with pytest.raises(KeyError, match="there are"):
+    with pytest.raises(ValueError, match="there are"):
         sizes("cpu", False, "huge")
 
 

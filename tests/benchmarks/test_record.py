@@ -168,5 +168,7 @@ def test_list_and_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert all(name in printed for name in BENCHMARKS)
     assert main(["run", "act_codec", "--repeats", "0"]) == 2
+    assert main(["run", "adacc", "--size", "huge", "--no-record"]) == 2
+    assert "no size 'huge'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["run", "nothing"])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from ygglight.engines.adacc.graph import Action, CodecOption, Operator, Policy, RegionGraph, Value
 from ygglight.engines.adacc.schedule import validate_policy
@@ -210,3 +212,12 @@ def llama_block(
 @pytest.fixture(scope="session")
 def graphs() -> SimpleNamespace:
     return SimpleNamespace(random_graph=random_graph, random_policy=random_policy, llama_block=llama_block)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(no_leaked_torch_state: None) -> Iterator[None]:
+    """Models this small run 20 times slower on two threads as soon as anything else runs on the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

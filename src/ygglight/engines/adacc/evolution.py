@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 ERROR_GROWTH = 2.0
 """A codec's squared gradient error that more than doubled."""
+NEGLIGIBLE = 1e-6
+"""Squared errors below this are far under any limit, however much they grow."""
 COST_DRIFT = 0.15
 """Recomputation against codec time, relative change."""
 PEAK_HIGH, PEAK_LOW = 0.97, 0.85
@@ -78,7 +80,7 @@ def reasons_to_replan(
     causes = []
     grown = [
         name for name, error in new.errors.items()
-        if error > ERROR_GROWTH * old.errors.get(name, error) and error > 1e-8
+        if error > ERROR_GROWTH * old.errors.get(name, error) and error > NEGLIGIBLE
     ]  # fmt: skip
     if grown:
         more = f" and {len(grown) - 1} more" if len(grown) > 1 else ""

@@ -328,12 +328,25 @@ class Frame:
                     f"adacc: the forward of {self.name} left its plan after it had dropped a tensor that only "
                     f"{steps[index].func} could make, which must not run twice. Pass enabled=False"
                 )
+        made = {v for index in operators for v in steps[index].outputs}
+        last = {v: index for index in operators for v in (*steps[index].inputs, *steps[index].outputs)}
+        keep = self._wanted_of(made) | {value}
         with replaying():
             for index in operators:
-                self._run(index, [v for v in steps[index].outputs if v not in self._store])
+                done = [v for v in made if last[v] == index and v not in keep]
+                self._run(index, [v for v in steps[index].outputs if v not in self._store], done)
+                for v in done:
+                    self._memo.pop(v, None)
         if operators:
             self._forget_unneeded(value)
         return self._memo[value]
+
+    def _wanted_of(self, made: set[int]) -> set[int]:
+        """Of the values that are about to be made, those that what is still to be read builds on."""
+        wanted: set[int] = set()
+        for slot in self._pending:
+            wanted |= made & ancestors(self.tape, self._alive[slot], self._store, self._codes, self._memo, made)
+        return wanted
 
     def _run(self, index: int, bind: Collection[int], stealable: Collection[int] = ()) -> None:
         assert self.tape is not None
