@@ -359,7 +359,7 @@ def test_plan_prints_and_writes(config: str, capsys: pytest.CaptureFixture[str])
     callbacks = "--trainer.callbacks={class_path: lightning.pytorch.callbacks.ModelCheckpoint}"
     code, out, err = run("plan", "--config", config, callbacks, "--json", "plan.json", "--max-batch", capsys=capsys)
     assert code == 0, err
-    assert "the plan" in out and "largest batch that fits: 16" in out
+    assert "the plan" in out
     assert json.loads(Path("plan.json").read_text()) == {"actions": {}}
     assert sorted(path.name for path in Path().iterdir() if path.name != "__pycache__") == [
         "mine.py", "mine.yaml", "plan.json",

@@ -42,8 +42,6 @@ class PlanningTrainer(Trainer):
             raise ValueError(f"--json {json}: no such folder; make it first")
         report = plan_only(self, model, datamodule, max_batch=max_batch)
         print(report.table())
-        if max_batch:
-            print(f"largest batch that fits: {report.max_batch}")
         if json is not None:
             Path(json).write_text(report.to_json() + "\n", encoding="utf-8")
             print(f"plan written to {json}")
