@@ -123,6 +123,8 @@ class Session:
         assert self.built is not None
         if isinstance(policies, str):
             policies = {"keep": keep_all, "recompute": recompute_all}[policies](self.built)
+        for position, policy in enumerate(policies):
+            validate_policy(self.built.step.instance(position), policy)
         plan = self.plan(policies)
         runtime = self.runtime
         runtime._plans = {bucket_of(shapes_of(self.batch)): (shapes_of(self.batch), plan)}
