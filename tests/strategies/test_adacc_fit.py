@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import lightning.pytorch as L
@@ -134,7 +135,7 @@ def test_accumulation_gives_the_same_losses_and_plans_only_between_steps(fit: Fi
 
     managed, _ = fit(strategy, accumulate_grad_batches=2, max_steps=4, callbacks=[Watch()])
     assert managed.losses == plain.losses
-    for (index, before), (_, after) in zip(seen, seen[1:], strict=False):
+    for (index, before), (_, after) in pairwise(seen):
         if index % 2 == 0 and index > 0:  # both micro-batches of one optimizer step
             assert before == after
 
@@ -249,7 +250,7 @@ def test_disabled_it_does_nothing(fit: Fit) -> None:
 
 def test_a_checkpoint_loads_without_ygglight_and_resumes_with_it(fit: Fit, tmp_path: Any) -> None:
     strategy = exact(0.7)
-    model, trainer = fit(strategy, max_steps=4)
+    _, trainer = fit(strategy, max_steps=4)
     path = tmp_path / "a.ckpt"
     trainer.save_checkpoint(path)
     state = torch.load(path, weights_only=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 from ygglight.engines.adacc.build import BuiltStep, slot_name
 from ygglight.engines.adacc.codecs import SPECS
-from ygglight.engines.adacc.frame import RegionPlan
 from ygglight.engines.adacc.graph import Action, Policy, RegionGraph
+from ygglight.engines.adacc.handles import RegionPlan
 from ygglight.engines.adacc.schedule import build_schedule, masks_of
 from ygglight.engines.adacc.simulate import StepProfile, simulate_step
 from ygglight.engines.memory.sizes import format_bytes

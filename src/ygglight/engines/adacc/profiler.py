@@ -313,7 +313,9 @@ def exclusive_user(lifetime: Lifetime) -> Trace | None:
 
 def pinned_values(trace: Trace) -> frozenset[int]:
     """Saved values whose bytes stay whatever is done with them: somebody, or a later region, holds them too."""
-    shared = {o for o, life in trace.lifetimes.items() if life.held and any(user is not trace for user, _ in life.users)}
+    shared = {
+        o for o, life in trace.lifetimes.items() if life.held and any(user is not trace for user, _ in life.users)
+    }
     return frozenset(trace.pinned) | {value for value, origin in enumerate(trace.origins()) if origin in shared}
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ygglight.compat.torch import current_dispatch_mode, saved_tensor_hooks_allowed, top_saved_tensor_hooks
-from ygglight.engines.adacc.frame import Frame, Handle, Opaque
+from ygglight.engines.adacc.frame import Frame
+from ygglight.engines.adacc.handles import Handle, Opaque
 from ygglight.engines.adacc.tape import TapeMode
 
 ROOT = "training_step"

@@ -25,7 +25,8 @@ from ygglight.compat.torch import storage_key
 from ygglight.engines.adacc.build import build_step
 from ygglight.engines.adacc.config import AdaccConfig
 from ygglight.engines.adacc.evolution import Snapshot, reasons_to_replan, worth_adopting
-from ygglight.engines.adacc.frame import Frame, RegionPlan
+from ygglight.engines.adacc.frame import Frame
+from ygglight.engines.adacc.handles import RegionPlan
 from ygglight.engines.adacc.plan import Plan
 from ygglight.engines.adacc.planning import Planning
 from ygglight.engines.adacc.profiler import Profiler

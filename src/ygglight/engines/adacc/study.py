@@ -20,8 +20,8 @@ from torch.utils import _pytree as pytree
 
 from ygglight.engines.adacc.build import MIN_BYTES, build_step, kind_keys
 from ygglight.engines.adacc.codecs import SPECS
-from ygglight.engines.adacc.frame import RegionPlan
 from ygglight.engines.adacc.graph import Action, Policy
+from ygglight.engines.adacc.handles import RegionPlan
 from ygglight.engines.adacc.plan import region_plan
 from ygglight.engines.memory.meter import is_plain, tensors_in
 
