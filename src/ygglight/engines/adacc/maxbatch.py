@@ -86,7 +86,7 @@ def search_max_batch(
         assert runtime.plan is not None
         config = runtime.config
         floor = smallest_peak(
-            runtime.plan.built.step, error_budget=config.max_gradient_error**2, allow=config.allowed_actions
+            runtime.plan.built.step, error_budget=config.error_budget, allow=config.allowed_actions
         )
         return runtime.plan, floor
 

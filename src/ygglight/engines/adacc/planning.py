@@ -44,7 +44,7 @@ class Planning:
             solution = solve(
                 built.step,
                 budget,
-                error_budget=self._config.max_gradient_error**2,
+                error_budget=self._config.error_budget,
                 allow=self._config.allowed_actions,
                 time_limit=self._config.time_limit,
             )

@@ -237,7 +237,7 @@ class Runtime:
             self._snapshot = Snapshot.from_dict(state["snapshot"]) if state and state["snapshot"] else snapshot
             return
         plan = self._planning.make(built, len(self.history) + 1, reason)
-        if known is not None and not worth_adopting(known[1], plan, self.config.max_gradient_error**2):
+        if known is not None and not worth_adopting(known[1], plan, self.config.error_budget):
             return
         self._snapshot = snapshot
         self._plans[bucket] = (self._shapes, plan)
