@@ -203,6 +203,28 @@ def _same_all(a: list[Tensor | None], b: list[Tensor | None]) -> bool:
     )
 
 
+def assert_exact(session: Session, policies: int = 6, actions: Sequence[Action] = (KEEP, RECOMPUTE)) -> None:
+    """Watched, kept, recomputed and under random plans, the step is bitwise that of plain torch, without surprises."""
+    truth = session.plain()
+    assert same(session.plain(), truth), "plain torch is not deterministic itself"
+    assert same(session.profile(), truth), "the watched step"
+    rng = random.Random(0)
+    plans: list[Any] = ["keep", "recompute"]
+    plans += [random_policies(session.built, rng, actions, per_instance=i % 2 == 1) for i in range(policies)]
+    for index, policies_ in enumerate(plans):
+        session.use(policies_)
+        with nothing_left() if index == 1 else nullcontext():
+            outcome = session.managed()
+        assert same(outcome, truth), f"plan {index}: off by {error(outcome, truth):.2g}"
+        assert not session.diverged(), f"plan {index}: the same forward was taken for another"
+    session.close()
+
+
+def recomputed(session: Session) -> list[str]:
+    """Slots that the plan in force recomputes."""
+    return [name for name, action in session.runtime.plan.actions.items() if action == "recompute"]
+
+
 def error(outcome: Outcome, truth: Outcome) -> float:
     """Relative error of the whole gradient."""
     pairs = [(x, y) for x, y in zip(outcome[1], truth[1], strict=True) if x is not None and y is not None]
@@ -216,19 +238,24 @@ def cosine(outcome: Outcome, truth: Outcome) -> float:
 
 
 # -- what is left behind -----------------------------------------------------------------------------------------------
-def alive(kind: type = Handle) -> int:
+def handles() -> int:
+    """Packed tensors that are alive, of those made since the last ``gc.freeze()``."""
     gc.collect()
-    return sum(type(item) is kind for item in gc.get_objects())
+    return sum(type(item) is Handle for item in gc.get_objects())
 
 
 @contextmanager
 def nothing_left() -> Iterator[None]:
     """Inside, no handle may come to stay, and no frame may hold on to tensors."""
-    before = alive()
-    yield
-    assert alive() == before, "packed tensors are still alive"
-    for item in gc.get_objects():
-        if type(item) is Frame:
-            assert not item._store and not item._codes and not item._memo, f"{item.name} still holds tensors"
-    assert torch._C._len_torch_dispatch_stack() == 0
-    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    gc.collect()
+    gc.freeze()  # what is there already need not be looked at
+    try:
+        yield
+        assert handles() == 0, "packed tensors are still alive"
+        for item in gc.get_objects():
+            if type(item) is Frame:
+                assert not item._store and not item._codes and not item._memo, f"{item.name} still holds tensors"
+        assert torch._C._len_torch_dispatch_stack() == 0, "a dispatch mode is still on"
+        assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None, "hooks are still on"
+    finally:
+        gc.unfreeze()

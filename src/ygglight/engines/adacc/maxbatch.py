@@ -85,9 +85,7 @@ def search_max_batch(
             return None, 0
         assert runtime.plan is not None
         config = runtime.config
-        floor = smallest_peak(
-            runtime.plan.built.step, error_budget=config.error_budget, allow=config.allowed_actions
-        )
+        floor = smallest_peak(runtime.plan.built.step, error_budget=config.error_budget, allow=config.allowed_actions)
         return runtime.plan, floor
 
     plan, floor = attempt(given)
