@@ -21,6 +21,22 @@ def storage_use_count(tensor: Tensor) -> int:
     return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)) - 1  # type: ignore[attr-defined]
 
 
+def alias(tensor: Tensor) -> Tensor:
+    """``tensor.detach()`` that shares the version counter even where dispatch modes run, below autograd."""
+    key = torch._C.DispatchKey.ADInplaceOrView  # type: ignore[attr-defined]
+    excluded = torch._C._dispatch_tls_is_dispatch_key_excluded(key)  # type: ignore[attr-defined]
+    torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)  # type: ignore[attr-defined]
+    try:
+        return tensor.detach()
+    finally:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, excluded)  # type: ignore[attr-defined]
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often ``tensor`` was written in place; -1 for inference tensors, which do not count."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 def in_backward() -> bool:
     """Whether autograd's engine runs a backward on this thread."""
     return torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]

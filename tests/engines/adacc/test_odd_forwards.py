@@ -170,6 +170,13 @@ class NonContiguous(Base):
         return F.gelu((self.a(x).t().contiguous().t()[:, torch.arange(WIDTH)] * 2).view(-1, 4, 4).mT.exp()).flatten(1)
 
 
+class InferenceConstant(Base):
+    def between(self, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            shift = torch.arange(WIDTH) / WIDTH
+        return F.gelu(self.a(x) + shift)
+
+
 class OutVariant(Base):
     def between(self, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -216,7 +223,7 @@ class RecursiveWithoutGrad(Base):
 KINDS = [
     WritesInputFirst, WritesInputAfterReadingIt, BufferAfterUse, BufferBeforeUse, GradientInside, Vmap,
     CheckpointInside, ReentrantInside, Numpy, Complex, TopK, DataDependent, Recurrent, Noise, Expanded, FilledInPieces,
-    NonContiguous, OutVariant, Reparametrised, Frozen, CastInside, Recursive, RecursiveWithoutGrad,
+    NonContiguous, InferenceConstant, OutVariant, Reparametrised, Frozen, CastInside, Recursive, RecursiveWithoutGrad,
 ]  # fmt: skip
 
 
@@ -244,7 +251,7 @@ def test_a_region_ends_where_its_block_does_although_it_calls_itself_without_gra
     session = Session(Stack(RecursiveWithoutGrad), x)
     session.profile()
     session.use("recompute")
-    assert "blocks.0/aten.gelu:0" in recomputed(session) and "blocks.0/aten.exp:0" in recomputed(session)
+    assert {"blocks.0/aten.add:0", "blocks.0/aten.exp:0"} <= set(recomputed(session)), "it ended too early"
     session.close()
 
 
@@ -413,7 +420,7 @@ class Structured(nn.Module):
         for index, block in enumerate(self.blocks):
             pair = Pair(h.t().contiguous().t(), h * 2)
             out = block(state=h, ids=batch["ids"], mask=batch["mask"], pair=pair, scale=1 + 0.1 * index)
-            h, extra = out.state, extra + out.extra["hidden"][0].exp().mean()
+            h, extra = out.state.tanh(), extra + out.extra["hidden"][0].exp().mean()
         return h.square().mean() + extra
 
 

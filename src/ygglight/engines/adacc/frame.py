@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ygglight.compat.torch import retains_graph, storage_key
+from ygglight.compat.torch import retains_graph, storage_key, version_of
 from ygglight.engines.adacc.graph import Action
 from ygglight.engines.adacc.handles import (
     MUTATED,
@@ -184,7 +184,7 @@ class Frame:
                 if value is not None and value in self._saved_values and value not in self._store:
                     self._store[value] = tensor.detach()
                     self._held_tensors[value] = 1
-                    self._base_versions[value] = tensor._version
+                    self._base_versions[value] = version_of(tensor)
         if self._static and plan is not None:
             needed: Iterable[int] = plan.schedule.leaves
         else:
@@ -192,13 +192,13 @@ class Frame:
         if not self._static:  # what was to be saved later, and then was not, may be all that others are made from
             for value, tensor in tape.early.items():
                 if value not in self._codes and not tape.values[value].superseded:
-                    self._store.setdefault(value, tensor)
+                    self._base_versions[value] = version_of(self._store.setdefault(value, tensor))
         for value in needed:
             if value in tape.leaves:
                 if tape.values[value].superseded:  # the copy made before it was overwritten
                     self._store[value] = tape.leaves[value]
                 leaf = self._store.setdefault(value, tape.leaves[value])
-                self._base_versions[value] = leaf._version
+                self._base_versions[value] = version_of(leaf)
         tape.early.clear()
         tape.forget_leaves(())
 
@@ -211,7 +211,7 @@ class Frame:
         found = {v for v in self._base_versions if v in self._store and storage_key(self._store[v]) == key}
         for value in found:
             self._store[value] = clone_storage(self._store[value])
-            self._base_versions[value] = self._store[value]._version
+            self._base_versions[value] = version_of(self._store[value])
         return found
 
     def holds(self, value: int) -> tuple[Tensor, int] | None:
@@ -306,7 +306,8 @@ class Frame:
         base = self._memo.get(value)
         if base is None:
             base = self._store.get(value)
-            if base is not None and self._base_versions.get(value, base._version) != base._version:
+            known = self._base_versions.get(value)
+            if base is not None and known is not None and known != version_of(base):
                 raise RuntimeError(OVERWRITTEN.format(region=self.name, shape=tuple(base.shape), dtype=base.dtype))
         if base is None and self.tape is not None and not self._closed:
             base = self.tape.leaves.get(value, self.tape.early.get(value))

@@ -87,6 +87,8 @@ class RegionSwitch:
         self._calls: Counter[str] = Counter()
         self._root_number = 0
         self._root_on = False
+        self._outer_mode: Any = None
+        self._outer_hooks: Any = None
         self._handles: list[Any] = []
         self.running = False
         self.skipped: dict[str, str] = {}
@@ -124,6 +126,7 @@ class RegionSwitch:
     def begin(self, *, root: bool) -> None:
         """A training step's forward starts; ``root`` manages the code around the blocks too."""
         self.running, self._root_on = True, root
+        self._outer_mode, self._outer_hooks = current_dispatch_mode(), top_saved_tensor_hooks()
         self._calls.clear()
         self._root_number = 0
         self._inside.clear()
@@ -137,6 +140,7 @@ class RegionSwitch:
             self.leave(None)
         self._close(outputs)
         self.running = False
+        self._outer_mode = self._outer_hooks = None
 
     def enter(self, name: str, module: nn.Module, inputs: Any) -> None:
         """A block is called."""
@@ -204,10 +208,12 @@ class RegionSwitch:
             self._mode.paused = False
 
     def _foreign_listener(self) -> str:
-        top = top_saved_tensor_hooks()
-        if top is not None and (self._hooks is None or top[0] != self._pack):
+        # The same answer whether or not the code around the block is managed, or plans could not be kept to.
+        top, outer = top_saved_tensor_hooks(), self._outer_hooks
+        expected = self._pack if self._hooks is not None else None if outer is None else outer[0]
+        if (None if top is None else top[0]) != expected:
             return "runs under other saved-tensor hooks (a checkpoint or save_on_cpu of the model's own)"
-        if self._mode_on and current_dispatch_mode() is not self._mode:
+        if current_dispatch_mode() is not (self._mode if self._mode_on else self._outer_mode):
             return "runs under another dispatch mode"
         if not saved_tensor_hooks_allowed():
             return "runs where saved-tensor hooks are disabled"

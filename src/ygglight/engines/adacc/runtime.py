@@ -151,8 +151,10 @@ class Runtime:
         outputs: list[Any] = []
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             self.abort()
+            if "saved tensor hooks" in str(error):
+                error.add_note("adacc manages saved tensors by such hooks: pass enabled=False to train this model")
             raise
         self._switch.end(outputs)
         if self._profiler is not None:

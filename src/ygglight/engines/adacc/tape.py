@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ygglight.compat.torch import in_backward, storage_key
+from ygglight.compat.torch import alias, in_backward, storage_key
 from ygglight.engines.memory.meter import is_plain, tensors_in
 
 
@@ -221,7 +221,7 @@ class Tape:
         for tensor in tensors_in(tree):
             value = self.known(tensor) if is_plain(tensor) else None
             if value in born:
-                self.early.setdefault(value, tensor.detach())
+                self.early.setdefault(value, alias(tensor))
 
     def _note(self, item: Any, inputs: list[int]) -> Any:
         if isinstance(item, Tensor):
@@ -240,7 +240,7 @@ class Tape:
     def _leaf(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage()
         value = self._new_value(storage, tensor.dtype, None, self._is_state(tensor))
-        self.leaves[value] = tensor.detach()
+        self.leaves[value] = alias(tensor)
         return value
 
     def _new_value(self, storage: Any, dtype: torch.dtype, producer: int | None, state: bool) -> int:
