@@ -247,7 +247,6 @@ def handles() -> int:
 @contextmanager
 def nothing_left() -> Iterator[None]:
     """Inside, no handle may come to stay, and no frame may hold on to tensors."""
-    gc.collect()
     gc.freeze()  # what is there already need not be looked at
     try:
         yield

@@ -93,9 +93,10 @@ class Frame:
             self._leave_plan()  # another tensor than the one that was planned for
             action = Action.KEEP
         if action is Action.KEEP:
-            self._store.setdefault(value, tensor)
+            # An operator's saved output knows the operator: held as it is, neither would ever die without a backward.
+            watched = tensor.detach() if tensor.grad_fn is not None else tensor
+            self._store.setdefault(value, watched)
             self._held_tensors[value] = self._held_tensors.get(value, 0) + 1
-            watched = tensor
         else:
             watched = version_sentinel(tensor)
             if action is Action.COMPRESS and value not in self._codes:

@@ -49,7 +49,6 @@ class Trace:
     values: list[Any]
     signature: list[Any]
     start: int
-    inputs: Any = None
     end: int = 0
     paths: list[str] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -132,11 +131,11 @@ class Profiler:
             self._path.pop()
 
     # -- told by the runtime -----------------------------------------------------------------------------------------
-    def opened(self, name: str, module: nn.Module | None, frame: Frame, inputs: Any) -> None:
+    def opened(self, name: str, module: nn.Module | None, frame: Frame) -> None:
         """A region's forward starts."""
         tape = frame.tape
         assert tape is not None
-        trace = Trace(name, module, frame, tape.steps, tape.values, tape.signature, len(self.samples), inputs)
+        trace = Trace(name, module, frame, tape.steps, tape.values, tape.signature, len(self.samples))
         tape.on_value = self._value_born
         tape.on_overwrite = self._overwritten
         self._by_frame[id(frame)] = len(self.traces)

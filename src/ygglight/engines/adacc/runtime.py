@@ -288,7 +288,7 @@ class Runtime:
             if region is _UNKNOWN:
                 frame.diverged = self.plan is not None  # a region that the plan has never heard of
             elif profiler is not None and self.forced is None:
-                profiler.opened(name, module, frame, inputs)
+                profiler.opened(name, module, frame)
                 if self._study is not None and module is not None:
                     self._study.opened(len(profiler.traces) - 1, name, module, inputs)
         if profiler is None:
