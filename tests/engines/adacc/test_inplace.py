@@ -18,7 +18,7 @@ MESSAGE = "modified by an inplace operation"
 
 
 class Block(nn.Module):
-    """Saves a sigmoid's output and a gelu's input; ``inside`` is called with the former, and may keep it in ``left``."""  # noqa: E501
+    """Saves a sigmoid's output and a gelu's input; ``inside`` gets the former, and may keep it in ``left``."""
 
     def __init__(self) -> None:
         super().__init__()
