@@ -40,6 +40,7 @@ class AdaccMixin:
     runtime: Runtime | None = None
     off_because: str | None = None
     _restored: dict[str, Any] | None = None
+    _listens: bool = False
     _report: PlanReport | None = None
     _planning_only: bool = False
     _wants_max_batch: bool = False
@@ -56,6 +57,7 @@ class AdaccMixin:
         module = self.lightning_module  # type: ignore[attr-defined]
         self.off_because = None
         if fitting:
+            self.runtime = None  # of an earlier fit
             self.off_because = self._why_off(module)
         super().setup(trainer)  # type: ignore[misc]
         if not fitting or self.off_because is not None:
@@ -68,6 +70,7 @@ class AdaccMixin:
             agree=self._agree if trainer.world_size > 1 else None,
         )
         self.runtime.attach()
+        self._listens = True
         if self._restored is not None:
             self.runtime.load_state_dict(self._restored)
             self._restored = None
@@ -97,7 +100,8 @@ class AdaccMixin:
 
     def teardown(self) -> None:
         """Say what was done and take the hooks off."""
-        if self.runtime is not None:
+        if self.runtime is not None and self._listens:
+            self._listens = False
             if self.runtime.plan is not None and not self._planning_only:
                 rank_zero_info(f"adacc: {self.summary()}")
             self.runtime.detach()
@@ -196,7 +200,7 @@ class AdaccMixin:
         """Takes plan and statistics back, if the checkpoint has them."""
         checkpoint = super().load_checkpoint(checkpoint_path, *args, **kwargs)  # type: ignore[misc]
         state = checkpoint.get(CHECKPOINT_KEY)
-        if state is not None and self.runtime is not None:
+        if state is not None and self.runtime is not None and self._listens:
             self.runtime.load_state_dict(state)
         elif state is not None:
             self._restored = state

@@ -94,6 +94,7 @@ class Runtime:
         self._forwards = 0
         self._opened = 0
         self._fresh_step = True
+        self._steps_before = 0
         self._frames: list[Frame] = []
         self._restored: dict[str, Any] | None = None
         self._plan_reason = ""
@@ -146,6 +147,7 @@ class Runtime:
             self._choose_plan(bucket)
         self._state = {storage_key(t) for t in (*self.module.parameters(), *self.module.buffers()) if _plain_storage(t)}
         self._forwards += 1
+        self._steps_before = self.optimizer_steps
         self._opened = 0
         self._switch.begin(root=self._root)
         outputs: list[Any] = []
@@ -184,7 +186,8 @@ class Runtime:
         Raises:
             InfeasibleBudget: no plan fits the budget.
         """
-        self._fresh_step = False
+        if self.optimizer_steps == self._steps_before:  # else it stepped inside the forward: manual optimization
+            self._fresh_step = False
         profiler, study = self._profiler, self._study
         if profiler is None:
             return
