@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ygglight.compat import transformers as hf
-from ygglight.data.cache import cache_root, publish
+from ygglight.compat.folders import cache_root, publish
 
 __all__ = [
     "ASSETS",

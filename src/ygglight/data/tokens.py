@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ygglight.data.assets import sha256_of
-from ygglight.data.cache import publish
+from ygglight.compat.folders import publish
 from ygglight.data.documents import Source, read_documents
 
 __all__ = ["Spans", "TokenFile", "tokenize"]

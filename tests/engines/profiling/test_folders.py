@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from ygglight.data.cache import cache_root, publish
+from ygglight.compat.folders import cache_root, publish
 
 
 def test_the_folder_is_chosen_by_the_environment(monkeypatch, tmp_path):

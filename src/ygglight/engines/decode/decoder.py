@@ -1,0 +1,215 @@
+"""One causal language model over a static KV cache: prompts, chains, trees and batches through one forward."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ygglight.compat.attention import FULL, attending_by, configs_of, layer_kinds, text_config
+from ygglight.engines.decode import attention
+from ygglight.engines.decode.cache import SlotCache
+from ygglight.engines.decode.graphs import Graphs
+
+PREFILL_CHUNK = 512
+"""Prompt tokens a forward: bounds the mask (chunk x capacity bytes) and the activations."""
+GRAIN = 64
+"""On a CPU only as many slots as are in use are read, rounded up to this."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a forward returns.
+
+    Args:
+        logits: ``[B, W, V]`` in the dtype of the model. On a GPU a buffer that the next forward of this width
+            overwrites.
+        hidden: ``[B, W, H]``, the input of the output embedding; None if the model has none that can be watched.
+    """
+
+    logits: Tensor
+    hidden: Tensor | None
+
+
+class Decoder:
+    """Runs an unmodified transformers causal LM.
+
+    Slot and position are two things: a token's slot is where its key and value lie, its position is what RoPE sees.
+    For committed tokens both are the index in the text. A tree over them takes the slots that follow, one a node, while
+    siblings share the position text length + depth.
+
+    Args:
+        model: Any causal LM of transformers whose attention goes through its attention interface.
+        capacity: Slots a sequence: text, plus the nodes of the largest tree.
+        batch: Sequences.
+        graphs: Replay a CUDA graph a width (widths up to 128 tokens); default: on CUDA. Not on a CPU.
+        compile: Run the model's forward through ``torch.compile`` with static shapes.
+    """
+
+    def __init__(
+        self, model: nn.Module, capacity: int, *, batch: int = 1, graphs: bool | None = None, compile: bool = False
+    ) -> None:
+        attention.register()
+        self.model: Any = model
+        self.config = text_config(model)
+        self.capacity, self.batch = capacity, batch
+        self.device: torch.device = self.model.device
+        self.kinds = layer_kinds(self.config)
+        self.vocabulary = int(self.config.vocab_size)
+        self.cache = SlotCache(int(self.config.num_hidden_layers), capacity)
+        self.length: int = 0
+        self.forwards = 0
+        self._static = self.device.type == "cuda" or compile
+        self._configs = configs_of(model)
+        with torch.inference_mode(False):  # or they could not be written in a later run outside of it
+            self._columns = torch.arange(capacity, device=self.device)
+            self._where = self._columns.clone()  # the position of what lies in each slot: of a tree's it is not the slot
+        self._windowed = any(window is not None for window in self.kinds.values())
+        self._head: nn.Module | None = self.model.get_output_embeddings()
+        self._trims = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        self._call: Callable[..., Any] = torch.compile(model, dynamic=False) if compile else model
+        on = self.device.type == "cuda" if graphs is None else graphs
+        self._graphs = Graphs(self._run) if on and self.device.type == "cuda" else None
+
+    # -- the forward -------------------------------------------------------------------------------------------------
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        masks: dict[str, Tensor],
+        *,
+        last_only: bool = False,
+    ) -> Step:
+        """Run ``W`` tokens of each sequence.
+
+        Args:
+            tokens: int64 ``[B, W]``. positions: int64 ``[B, W]``. slots: int64 ``[B, W]``, where keys and values go.
+            masks: Kind of layer -> bool ``[B, 1, W, C]``, True where a token attends to a slot; ``C`` is the capacity,
+                or on a CPU any prefix of it that holds all slots in use.
+            last_only: Logits of the last token alone, ``[B, 1, V]``.
+        """
+        self.forwards += 1
+        if self._graphs is not None and not last_only and tokens.shape[1] <= attention.MAX_TREE:
+            return self._graphs(tokens, positions, slots, masks)
+        return self._run(tokens, positions, slots, masks, last_only)
+
+    def _run(
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, masks: dict[str, Tensor], last_only: bool = False
+    ) -> Step:
+        cache = self.cache
+        cache.slots, cache.visible = slots, next(iter(masks.values())).shape[-1]
+        mask: Any = masks if len(masks) > 1 or FULL not in masks else masks[FULL]
+        extra = {"logits_to_keep": 1} if last_only and self._trims else {}
+        seen: list[Tensor] = []
+        with _watching(self._head, seen), attending_by(attention.NAME, self._configs), torch.no_grad():
+            output = self._call(
+                input_ids=tokens, position_ids=positions, attention_mask=mask, past_key_values=cache,
+                use_cache=True, return_dict=True, **extra,
+            )  # fmt: skip
+        logits, hidden = output.logits, seen[0] if seen else None
+        return Step(logits[:, -1:] if last_only else logits, hidden[:, -1:] if last_only and hidden is not None else hidden)
+
+    # -- one sequence ------------------------------------------------------------------------------------------------
+    def reset(self) -> None:
+        """Forget the text. The cache keeps its memory; what it holds is masked from now on."""
+        self.length = 0
+
+    def append(self, tokens: Tensor) -> Step:
+        """Commit tokens to the text and return what follows the last one; a long run goes in chunks.
+
+        Args:
+            tokens: int64 ``[n]``, n >= 1.
+
+        Returns:
+            Logits ``[1, 1, V]`` and hidden state ``[1, 1, H]`` of the last token.
+
+        Raises:
+            ValueError: the text does not fit the cache.
+        """
+        total = self.length + len(tokens)
+        if total > self.capacity:
+            raise ValueError(f"{total} tokens do not fit a cache of {self.capacity} slots: give it more capacity")
+        step = None
+        for chunk in tokens.split(PREFILL_CHUNK):
+            count = len(chunk)
+            offsets = torch.arange(count, device=self.device)
+            lower = offsets[:, None] >= offsets[None, :]
+            step = self.nodes(chunk, offsets, offsets, lower, last_only=True)
+            self.length += count
+        assert step is not None
+        return step
+
+    def nodes(
+        self, tokens: Tensor, depths: Tensor, offsets: Tensor, ancestors: Tensor, *, last_only: bool = False
+    ) -> Step:
+        """Run tree nodes that hang on the text, without committing them.
+
+        Args:
+            tokens: int64 ``[W]``. depths: int64 ``[W]``, position less text length. offsets: int64 ``[W]``, slot less
+                text length. ancestors: bool ``[W, N]``, which of the N slots after the text each node attends to, its
+                own among them.
+            last_only: See :meth:`forward`.
+
+        Returns:
+            Logits ``[1, W, V]``.
+        """
+        slots = self.length + offsets
+        masks = self._masks(self.length + depths, slots, ancestors)
+        return self.forward(tokens[None], (self.length + depths)[None], slots[None], masks, last_only=last_only)
+
+    def _masks(self, positions: Tensor, slots: Tensor, ancestors: Tensor) -> dict[str, Tensor]:
+        """The mask of each kind of layer, ``[1, 1, W, C]``, for nodes on top of ``length`` committed tokens."""
+        width = ancestors.shape[1]
+        used = self.length + width
+        visible = self.capacity if self._static else min(self.capacity, -(-used // GRAIN) * GRAIN)
+        columns = self._columns[:visible]
+        full = (columns < self.length).expand(len(positions), visible).clone()
+        full[:, self.length : used] = ancestors
+        if self._windowed:
+            self._where.index_copy_(0, slots, positions)
+        masks = {}
+        for kind, window in self.kinds.items():
+            mask = full
+            if window is not None:
+                mask = full & (positions[:, None] - self._where[None, :visible] < window)
+            masks[kind] = mask[None, None]
+        return masks
+
+    def keep(self, offsets: Tensor, count: int) -> None:
+        """Commit nodes of a tree: move their keys and values to the end of the text.
+
+        Args:
+            offsets: int64 ``[n]``, slots less text length, ascending. count: how many of them, from the first.
+        """
+        if count:
+            source = self.length + offsets[:count]
+            target = torch.arange(self.length, self.length + count, device=self.device)
+            self.cache.move(source, target)
+        self.length += count
+        if self._windowed:
+            self._where.copy_(self._columns)
+
+    def crop(self, length: int) -> None:
+        """Shorten the text to its first ``length`` tokens."""
+        self.length = min(self.length, length)
+
+
+def _watching(head: nn.Module | None, seen: list[Tensor]) -> AbstractContextManager[Any]:
+    """Collects the input of the output embedding."""
+    if head is None:
+        return nullcontext()
+    return _Hook(head.register_forward_pre_hook(lambda module, args: seen.append(args[0]) if args else None))
+
+
+class _Hook(AbstractContextManager[None]):
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    def __exit__(self, *exception: object) -> None:
+        self.handle.remove()
