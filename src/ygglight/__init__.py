@@ -8,24 +8,29 @@ That is also why this module imports Lightning, and why the console script lives
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from typing import Any
 
-from ygglight.registry import register_strategies
+from ygglight.registry import load, register_strategies
 
 __version__ = "0.1.0"
 
 _SUBPACKAGES = ("callbacks", "data", "engines", "kernels", "modules", "strategies")
 
-__all__ = ["__version__", *_SUBPACKAGES]
+_FUNCTIONS = {"yggdrasil": "ygglight.engines.yggdrasil.generate:TreeGenerate"}
+"""`model.generate(..., custom_generate=ygglight.yggdrasil(draft))`: systems in the form in which others take them."""
+
+__all__ = ["__version__", *_FUNCTIONS, *_SUBPACKAGES]
 
 register_strategies()
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
+    if name in _FUNCTIONS:
+        return load(_FUNCTIONS[name])
     if name in _SUBPACKAGES:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_SUBPACKAGES})
+    return sorted({*globals(), *__all__})

@@ -60,6 +60,11 @@ STRATEGIES: tuple[StrategyRow, ...] = (
         refusal="strategy='adacc_deepspeed' is not offered: Adacc over DeepSpeed has never passed its test on a GPU. "
         "Use strategy='adacc' (one device), 'adacc_ddp' (replicas) or 'adacc_fsdp2' (sharded).",
     ),
+    StrategyRow(
+        "yggdrasil",
+        "ygglight.strategies.yggdrasil:YggdrasilStrategy",
+        "Yggdrasil on one device: generate drafts a tree of tokens and verifies it in one pass; same text, sooner",
+    ),
 )
 
 # Public name -> "module:attribute", by package; served lazily by the `__getattr__` of that package.
@@ -68,11 +73,13 @@ STRATEGY_CLASSES: dict[str, str] = {
     "AdaccStrategy": "ygglight.strategies.adacc:AdaccStrategy",
     "AdaccDDPStrategy": "ygglight.strategies.adacc:AdaccDDPStrategy",
     "AdaccModelParallelStrategy": "ygglight.strategies.adacc:AdaccModelParallelStrategy",
+    "YggdrasilStrategy": "ygglight.strategies.yggdrasil:YggdrasilStrategy",
 }
 
 # `ygglight demo SYSTEM`: a function `run(short: bool, out: Path) -> None`.
 DEMOS: dict[str, str] = {
     "adacc": "ygglight.demos.adacc:run",
+    "yggdrasil": "ygglight.demos.yggdrasil:run",
 }
 
 

@@ -6,9 +6,12 @@ from typing import Any
 
 from ygglight.registry import load
 
-_CLASSES = {"AdaccMonitor": "ygglight.callbacks.adacc_monitor:AdaccMonitor"}
+_CLASSES = {
+    "AdaccMonitor": "ygglight.callbacks.adacc_monitor:AdaccMonitor",
+    "GenerationWriter": "ygglight.callbacks.generation_writer:GenerationWriter",
+}
 
-__all__ = ["AdaccMonitor"]
+__all__ = list(_CLASSES)
 
 
 def __getattr__(name: str) -> Any:

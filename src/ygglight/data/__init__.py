@@ -5,19 +5,21 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ygglight.data.decode_log import DecodeLogData
     from ygglight.data.text import TextData
 
-__all__ = ["TextData"]
+_MODULES = {"DecodeLogData": "decode_log", "TextData": "text"}
+
+__all__ = ["DecodeLogData", "TextData"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "TextData":
-        from ygglight.data.text import TextData
-
-        return TextData
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ygglight.modules.causal_lm import CausalLM
+    from ygglight.modules.depth_predictor import DepthPredictorModule
+    from ygglight.modules.distilled_draft import DistilledDraft
 
-__all__ = ["CausalLM"]
+_MODULES = {
+    "CausalLM": "causal_lm",
+    "DepthPredictorModule": "depth_predictor",
+    "DistilledDraft": "distilled_draft",
+}
+
+__all__ = ["CausalLM", "DepthPredictorModule", "DistilledDraft"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "CausalLM":
-        from ygglight.modules.causal_lm import CausalLM
-
-        return CausalLM
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

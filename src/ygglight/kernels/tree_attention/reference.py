@@ -18,13 +18,14 @@ def tree_attention_reference(
     """See :func:`ygglight.kernels.tree_attention.tree_attention`.
 
     The query heads of a group are folded into the rows of one product with their key head, so keys and values are read
-    once and never repeated. Products are in the inputs' dtype, the softmax is in float32 (float64 for float64).
+    once and never repeated. Everything is in float32 (float64 for float64): scores rounded to bfloat16 are not enough for
+    models with large ones (Qwen2.5: logits 38 % off).
     """
     batch, heads, width, size = query.shape
     groups, slots = key.shape[1], key.shape[2]
-    folded = query.reshape(batch, groups, heads // groups * width, size)
-    scores = torch.matmul(folded, key.transpose(-1, -2))
-    scores = scores.to(torch.promote_types(query.dtype, torch.float32)).mul_(scale)
+    work = torch.promote_types(query.dtype, torch.float32)
+    folded = query.reshape(batch, groups, heads // groups * width, size).to(work)
+    scores = torch.matmul(folded, key.to(work).transpose(-1, -2)).mul_(scale)
     if softcap is not None:
         scores = scores.div_(softcap).tanh_().mul_(softcap)
     scores = scores.view(batch, groups, heads // groups, width, slots)
@@ -37,5 +38,5 @@ def tree_attention_reference(
         weights = torch.softmax(torch.cat([scores, extra], dim=-1), dim=-1)[..., :-1]
     # A row that sees nothing is softmax(-inf, ...) = NaN, which would spread through the layers.
     weights = weights.masked_fill_(hidden, 0.0) if sinks is None else weights.masked_fill(hidden, 0.0)
-    weights = weights.view(batch, groups, heads // groups * width, slots).to(value.dtype)
-    return torch.matmul(weights, value).view(batch, heads, width, value.shape[-1])
+    weights = weights.view(batch, groups, heads // groups * width, slots)
+    return torch.matmul(weights, value.to(work)).view(batch, heads, width, value.shape[-1]).to(query.dtype)
