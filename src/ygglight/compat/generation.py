@@ -33,7 +33,9 @@ def through(model: Any, method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def generate(*args: Any, **kwargs: Any) -> Any:
-        theirs = next((k for k in ("streamer", "assistant_model", "custom_generate") if kwargs.get(k) is not None), None)
+        theirs = next(
+            (k for k in ("streamer", "assistant_model", "custom_generate") if kwargs.get(k) is not None), None
+        )
         config = kwargs.get("generation_config") or model.generation_config
         if theirs is None and (kwargs.get("prompt_lookup_num_tokens") or config.prompt_lookup_num_tokens):
             theirs = "prompt_lookup_num_tokens"

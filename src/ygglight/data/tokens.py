@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ygglight.data.assets import sha256_of
 from ygglight.compat.folders import publish
+from ygglight.data.assets import sha256_of
 from ygglight.data.documents import Source, read_documents
 
 __all__ = ["Spans", "TokenFile", "tokenize"]

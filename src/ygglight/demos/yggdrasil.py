@@ -54,12 +54,12 @@ def run(short: bool, out: Path) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning.*")
     module = CausalLM(MODEL, max_new_tokens=tokens, chat=True)
-    print(f"{MODEL} edits {len(CODE)} functions, {tokens} tokens each, greedy; the draft copies from the text", flush=True)
+    print(
+        f"{MODEL} edits {len(CODE)} functions, {tokens} tokens each, greedy; the draft copies from the text", flush=True
+    )
     _generate("warm-up", module, "auto", None, only=1)
     results = [_generate("plain", module, "auto", out)]
-    chains = [
-        _generate(f"chain of {depth}", module, _strategy({"width": 1, "depth": depth}), out) for depth in CHAINS
-    ]
+    chains = [_generate(f"chain of {depth}", module, _strategy({"width": 1, "depth": depth}), out) for depth in CHAINS]
     results.append(min(chains, key=lambda result: result.seconds))
     _generate("measuring", module, _strategy("auto"), None, only=1)  # latencies, kept for later runs
     results.append(_generate("yggdrasil", module, _strategy("auto"), out))
@@ -73,7 +73,9 @@ def _strategy(tree: Any) -> YggdrasilStrategy:
 
 def _generate(name: str, module: CausalLM, strategy: Any, out: Path | None, only: int | None = None) -> Result:
     prompts = [PROMPT.format(code=code) for code in CODE[:only]]
-    callbacks: list[Any] = [] if out is None else [GenerationWriter(str(out / f"{name.replace(' ', '_')}.jsonl"), overwrite=True)]
+    callbacks: list[Any] = (
+        [] if out is None else [GenerationWriter(str(out / f"{name.replace(' ', '_')}.jsonl"), overwrite=True)]
+    )
     trainer = L.Trainer(
         strategy=strategy, accelerator="auto", devices=1, logger=False, callbacks=callbacks, enable_progress_bar=False,
         enable_model_summary=False, enable_checkpointing=False,

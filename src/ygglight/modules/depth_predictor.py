@@ -31,7 +31,12 @@ class DepthPredictorModule(L.LightningModule):
     """
 
     def __init__(
-        self, output: str, width: int = 256, learning_rate: float = 1e-3, weight_decay: float = 0.05, draft_cost: float = 0.2
+        self,
+        output: str,
+        width: int = 256,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.05,
+        draft_cost: float = 0.2,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()

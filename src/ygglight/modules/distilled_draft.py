@@ -90,7 +90,9 @@ class DistilledDraft(L.LightningModule):
         teacher: Any = hf.load_causal_lm(resolve_model(p.target), dtype=getattr(torch, p.dtype))
         teacher.requires_grad_(False).eval()
         if hf.linear_head(teacher) is None:
-            raise ValueError(f"the logits of {type(teacher).__name__} are more than a linear head: it cannot be distilled")
+            raise ValueError(
+                f"the logits of {type(teacher).__name__} are more than a linear head: it cannot be distilled"
+            )
         self._teacher = [teacher]
         self.draft = cut(teacher, p.layers, random=p.init == "random", seed=p.seed)
         if p.freeze_embeddings and p.init == "target":

@@ -87,4 +87,3 @@ def close_calls(model: Any, expected: Tensor, found: Tensor, gap: float = 1e-4) 
         best = model(expected[:, :where]).logits[0, -1].topk(2).values
     assert best[0] - best[1] <= gap, f"another token at {where}, where the best leads by {best[0] - best[1]:.2g}"
     return 1
-

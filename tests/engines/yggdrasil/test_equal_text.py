@@ -114,7 +114,9 @@ def architectures() -> list[tuple[str, dict[str, Any]]]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "changes"), architectures(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("name", "changes"), architectures(), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_other_architectures(name: str, changes: dict[str, Any]) -> None:
     import transformers
 

@@ -137,7 +137,9 @@ def test_isotonic_against_brute_force() -> None:
             fit, start = [], 0
             for end in [i + 1 for i, cut in enumerate(cuts) if cut] + [size]:
                 w = sum(weights[start:end])
-                fit += [sum(a * b for a, b in zip(values[start:end], weights[start:end], strict=True)) / w] * (end - start)
+                fit += [sum(a * b for a, b in zip(values[start:end], weights[start:end], strict=True)) / w] * (
+                    end - start
+                )
                 start = end
             if all(a <= b + 1e-12 for a, b in itertools.pairwise(fit)):
                 best = min(best, sum(w * (f - v) ** 2 for f, v, w in zip(fit, values, weights, strict=True)))

@@ -166,7 +166,9 @@ def random_tree(seed: int, size: int) -> TokenTree:
         depths[node] = depths[parents[node]] + 1
     numbers = torch.tensor(scores)
     firsts = torch.zeros(size, dtype=torch.bool)
-    return TokenTree(torch.arange(size), torch.tensor(parents), torch.tensor(depths), numbers, numbers, firsts, ancestors)
+    return TokenTree(
+        torch.arange(size), torch.tensor(parents), torch.tensor(depths), numbers, numbers, firsts, ancestors
+    )
 
 
 def test_pruning_finds_the_best_subtree_of_every_size() -> None:

@@ -68,7 +68,9 @@ class Decoder:
         self._configs = configs_of(model)
         with torch.inference_mode(False):  # or they could not be written in a later run outside of it
             self._columns = torch.arange(capacity, device=self.device)
-            self._where = self._columns.clone()  # the position of what lies in each slot: of a tree's it is not the slot
+            self._where = (
+                self._columns.clone()
+            )  # the position of what lies in each slot: of a tree's it is not the slot
         self._windowed = any(window is not None for window in self.kinds.values())
         self._head: nn.Module | None = self.model.get_output_embeddings()
         self._trims = "logits_to_keep" in inspect.signature(self.model.forward).parameters
@@ -113,7 +115,9 @@ class Decoder:
                 use_cache=True, return_dict=True, **extra,
             )  # fmt: skip
         logits, hidden = output.logits, seen[0] if seen else None
-        return Step(logits[:, -1:] if last_only else logits, hidden[:, -1:] if last_only and hidden is not None else hidden)
+        return Step(
+            logits[:, -1:] if last_only else logits, hidden[:, -1:] if last_only and hidden is not None else hidden
+        )
 
     # -- one sequence ------------------------------------------------------------------------------------------------
     def reset(self) -> None:

@@ -18,9 +18,7 @@ class RankAcceptance:
         weight: how many observations the prior counts for. memory: observations after which one counts 1/e: text changes.
     """
 
-    def __init__(
-        self, ranks: int, prior: Sequence[float] = PRIOR, weight: float = 12.0, memory: float = 400.0
-    ) -> None:
+    def __init__(self, ranks: int, prior: Sequence[float] = PRIOR, weight: float = 12.0, memory: float = 400.0) -> None:
         shares = list(prior[:ranks])
         while len(shares) < ranks:
             shares.append(shares[-1] / 2)

@@ -91,7 +91,11 @@ class Config:
         """
         if self.tree == "auto":
             return None
-        if not isinstance(self.tree, Mapping) or not {"width", "depth"} <= set(self.tree) <= {"width", "depth", "verify"}:
+        if not isinstance(self.tree, Mapping) or not {"width", "depth"} <= set(self.tree) <= {
+            "width",
+            "depth",
+            "verify",
+        }:
             raise ValueError(
                 f"tree={self.tree!r} is neither 'auto' nor numbers like {{'width': 4, 'depth': 4, 'verify': 12}}"
             )

@@ -75,7 +75,9 @@ class ModelDraft:
         assert decoder is not None and self._pending
         growth = self._growth.get((width, depth))
         if growth is None:
-            with torch.inference_mode(False):  # its buffers are written in later runs, perhaps outside of inference mode
+            with torch.inference_mode(
+                False
+            ):  # its buffers are written in later runs, perhaps outside of inference mode
                 growth = self._growth[width, depth] = Growth(width, depth, device=decoder.device)
         root = self._pending[-1]
         growth.start(root)
@@ -97,9 +99,7 @@ class ModelDraft:
         """Run the newest nodes; the root is committed already, so node i lies i - 1 slots after the text."""
         assert self.decoder is not None
         tree, rows = growth.tree, growth.frontier
-        step = self.decoder.nodes(
-            tree.tokens[rows], tree.depths[rows] - 1, rows - 1, tree.ancestors[rows][:, 1:]
-        )
+        step = self.decoder.nodes(tree.tokens[rows], tree.depths[rows] - 1, rows - 1, tree.ancestors[rows][:, 1:])
         return step.logits[0]
 
     def _log_probabilities(self, logits: Tensor) -> Tensor:

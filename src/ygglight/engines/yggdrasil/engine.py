@@ -122,7 +122,9 @@ class Engine:
                 f"the prompt has {length} tokens and max_tokens is {most}, prompt and answer together: raise max_tokens or "
                 "shorten the prompt"
             )
-        wanted = most - length if stopping.max_length is None and most else (stopping.max_length or length + 1024) - shown
+        wanted = (
+            most - length if stopping.max_length is None and most else (stopping.max_length or length + 1024) - shown
+        )
         return max(1, wanted if most is None else min(wanted, most - length))
 
     def _largest_tree(self) -> int:
@@ -145,4 +147,3 @@ class Engine:
 
 def _rounded(tokens: int) -> int:
     return -(-tokens // CONTEXT_GRAIN) * CONTEXT_GRAIN
-

@@ -72,7 +72,9 @@ class TreeGenerate:
         Raises:
             ValueError: a prompt is longer than ``max_tokens`` allows.
         """
-        reason = self._why_not(model, input_ids, logits_processor, generation_config, synced_gpus, streamer, model_kwargs)
+        reason = self._why_not(
+            model, input_ids, logits_processor, generation_config, synced_gpus, streamer, model_kwargs
+        )
         if reason is not None:
             self._fall_back(reason, len(input_ids))
             extra = {} if streamer is None else {"streamer": streamer}

@@ -20,7 +20,6 @@ from ygglight.engines.yggdrasil.selector import Selector
 from ygglight.engines.yggdrasil.tree import TokenTree
 from ygglight.engines.yggdrasil.verifier import Verdict, Verifier
 
-
 MICRO = 1e6
 """Real numbers travel among the integers of the one host read in millionths."""
 
@@ -160,7 +159,9 @@ class Loop:
             count = min(max(1, live), self.selector.verify(expected, shape))
         ids = prune.keep(values, count)
         tree = grown.select(ids)
-        return (tree, ids) if ids.device == device else (tree.to(device), ids.to(device))  # copied text is made on the host
+        return (
+            (tree, ids) if ids.device == device else (tree.to(device), ids.to(device))
+        )  # copied text is made on the host
 
     # -- the verdict -------------------------------------------------------------------------------------------------
     def _judge(self, tree: TokenTree, grown: Tensor, logits: Tensor, hidden: Tensor | None) -> tuple[Verdict, Tensor]:
@@ -194,7 +195,9 @@ class Loop:
         parts = [numbers[1 + i * size : 1 + (i + 1) * size] for i in range(6 if learns else 2)]
         verdict = Verdict(parts[0][: count + 1], parts[1][: count + 1])
         if learns:
-            self._learn(verdict, parts[2][: count + 1], parts[3], [n / MICRO for n in parts[4]], list(map(bool, parts[5])))
+            self._learn(
+                verdict, parts[2][: count + 1], parts[3], [n / MICRO for n in parts[4]], list(map(bool, parts[5]))
+            )
         if self.predict is not None and hidden is not None:
             self._survival = [n / MICRO for n in numbers[1 + len(parts) * size :]]
         return verdict, found.path[: count + 1]

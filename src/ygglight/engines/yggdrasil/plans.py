@@ -28,9 +28,7 @@ class PlanTrial:
     def __init__(self, fixed: StagePlan | None, device: torch.device, *, of_model: bool) -> None:
         self._device = device
         self.frozen: StagePlan | None = fixed
-        if fixed is None and device.type == "cpu":
-            self.frozen = StagePlan()
-        elif fixed is None and not of_model:
+        if (fixed is None and device.type == "cpu") or (fixed is None and not of_model):
             self.frozen = StagePlan()
         self.seconds_per_token: dict[StagePlan, float] = {}
         self._spent = {plan: [0.0, 0] for plan in PLANS}

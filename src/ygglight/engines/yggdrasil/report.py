@@ -61,9 +61,19 @@ class Report:
         """Lines for a table."""
         total = self.decode_seconds
         rows = [
-            ("prompts", f"{self.generations}" + (f" (+ {sum(self.fallbacks.values())} by transformers' own loop)" if self.fallbacks else "")),
-            ("new tokens", f"{self.tokens} ({self.tokens / total:.1f} a second, prompts apart)" if total else f"{self.tokens}"),
-            ("accepted a step", f"{self.tokens_per_step:.2f} tokens, the bonus token among them; {self.iterations} steps"),
+            (
+                "prompts",
+                f"{self.generations}"
+                + (f" (+ {sum(self.fallbacks.values())} by transformers' own loop)" if self.fallbacks else ""),
+            ),
+            (
+                "new tokens",
+                f"{self.tokens} ({self.tokens / total:.1f} a second, prompts apart)" if total else f"{self.tokens}",
+            ),
+            (
+                "accepted a step",
+                f"{self.tokens_per_step:.2f} tokens, the bonus token among them; {self.iterations} steps",
+            ),
         ]
         if total:
             shares = ", ".join(f"{stage} {self.seconds[stage] / total:.0%}" for stage in ("draft", "verify", "host"))
