@@ -33,7 +33,7 @@ class YggdrasilStrategy(OneDeviceStrategy):
 
     Args:
         draft: What drafts: ``lookup`` copies from the text and needs no model; a directory, .gguf file or packaged name
-            of a smaller model with the same tokenizer (make one with the recipe ``yggdrasil/distill_draft.yaml``); or a
+            of a smaller model with the same tokenizer (make one with the recipe ``yggdrasil/fit_draft.yaml``); or a
             model. A mapping of attribute name to any of these gives each generation model of the module its own.
         tree: ``auto`` measures this machine and chooses the tree by what is accepted; or fixed numbers
             ``{width: 4, depth: 4, verify: 12}``.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ygglight.kernels._dispatch import implementation, register
+from ygglight.kernels._dispatch import register
 from ygglight.kernels.tree_attention.reference import tree_attention_reference
 
 __all__ = ["tree_attention", "tree_attention_reference"]
 
-register("tree_attention", has_kernel=True)
+register("tree_attention", has_kernel=False)
 
 
 def tree_attention(
@@ -43,8 +43,4 @@ def tree_attention(
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and mask {tuple(mask.shape)} do not fit: query heads must "
             "be a multiple of key heads, and the mask [B or 1, 1, queries, keys]"
         )
-    if implementation("tree_attention", query.device.type).implementation == "triton":
-        from ygglight.kernels.tree_attention.triton import tree_attention_triton
-
-        return tree_attention_triton(query, key, value, mask, scale, softcap, sinks)
     return tree_attention_reference(query, key, value, mask, scale, softcap, sinks)
