@@ -29,7 +29,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 # What the pages of the site include, and what GitHub shows.
 TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-SHARED_ENGINES = {"memory"}
+SHARED_ENGINES = {"decode", "memory", "profiling"}
 
 
 def name_of(page: Path) -> str:
