@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 class GenerationWriter(BasePredictionWriter):
     """Writes one line of JSON for each generated text, in order, and as soon as its batch is done.
 
-    Works with ``Trainer.predict(..., return_predictions=False)``, which keeps no results in memory. A run that breaks off
-    has lost nothing that was generated.
+    Works with ``Trainer.predict(..., return_predictions=False)``, which keeps no results in memory. A run that breaks
+    off has lost nothing that was generated.
 
     Args:
         path: The .jsonl file. Folders above it are made.
@@ -110,5 +110,5 @@ def rows(prediction: Any, kind: Literal["text"] = "text") -> Iterator[dict[str, 
             yield from rows(item)
     elif prediction is not None:
         raise TypeError(
-            f"GenerationWriter writes dicts, strings and token ids, but predict_step returned {type(prediction).__name__}"
+            f"GenerationWriter writes dicts, strings and token ids; predict_step returned {type(prediction).__name__}"
         )

@@ -23,8 +23,8 @@ def through(model: Any, method: Callable[..., Any]) -> Callable[..., Any]:
     """A ``generate`` for one model that decodes by ``method``, and takes everything that transformers' own does.
 
     In 5.17 a callable ``custom_generate`` loses the tokenizer, the streamer and the assistant on the way
-    (``_extract_generation_mode_kwargs``): calls with a streamer or an assistant are left to transformers, and stop strings
-    are made into a criterion here.
+    (``_extract_generation_mode_kwargs``): calls with a streamer or an assistant are left to transformers, and stop
+    strings are made into a criterion here.
 
     Args:
         model: A generation model. method: In the form of ``custom_generate``.

@@ -19,8 +19,8 @@ class DecodeLogData(L.LightningDataModule):
     Args:
         path: Folder that YggdrasilStrategy wrote with its ``log`` argument.
         batch_size: Rows a batch.
-        val_fraction: Part of the prompts that is held out: whole prompts, or the predictor would be tested on texts that
-            it has seen the rest of.
+        val_fraction: Part of the prompts that is held out: whole prompts, or the predictor would be tested on texts
+            that it has seen the rest of.
         seed: Of the choice.
     """
 

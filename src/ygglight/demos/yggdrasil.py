@@ -25,9 +25,10 @@ PROMPT = (
     "Here is some Python code:\n\n{code}\n\nRewrite the code so that every function has a docstring and type hints.\n"
 )
 CODE = (
-    "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total / len(values)\n",
-    "def count_words(text):\n    counts = {}\n    for word in text.split():\n        counts[word] = counts.get(word, 0) + 1\n"
-    "    return counts\n",
+    "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n"
+    "    return total / len(values)\n",
+    "def count_words(text):\n    counts = {}\n    for word in text.split():\n"
+    "        counts[word] = counts.get(word, 0) + 1\n    return counts\n",
     "def is_prime(number):\n    if number < 2:\n        return False\n    for divisor in range(2, number):\n"
     "        if number % divisor == 0:\n            return False\n    return True\n",
 )

@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 class DepthPredictorModule(L.LightningModule):
     """Learns how deep the draft will be right from the target's last hidden state.
 
-    The size of the predictor comes from the log. Validation compares it with the best constant depth in tokens per cost, and
-    logs ``val_gain``: above 1 the predictor pays, else the final message says that it does not.
+    The size of the predictor comes from the log. Validation compares it with the best constant depth in tokens per
+    cost, and logs ``val_gain``: above 1 the predictor pays, else the final message says that it does not.
 
     Args:
         output: Folder for the fitted predictor.
@@ -95,7 +95,7 @@ class DepthPredictorModule(L.LightningModule):
         if self.gain is not None:
             verdict = "it pays" if self.gain > 1 else "no gain: leave it out"
             log.warning(
-                "depth predictor in %s: %.3f times the tokens per cost of the best constant depth on held-out prompts; %s",
+                "depth predictor in %s: %.3f times the tokens per cost of the best constant depth; %s",
                 self.hparams["output"], self.gain, verdict,
             )  # fmt: skip
 
@@ -104,8 +104,9 @@ def gain(survival: Tensor, accepted: Tensor, drafted: Tensor, draft_cost: float)
     """Tokens per cost with predicted depths, over that of the best constant depth.
 
     Args:
-        survival: float ``[N, D]``. accepted, drafted: int64 ``[N]``; what a depth beyond ``drafted`` would have given is not
-            known and counts as nothing more, for the predictor and for the constant alike. draft_cost: of a draft pass.
+        survival: float ``[N, D]``. accepted, drafted: int64 ``[N]``; what a depth beyond ``drafted`` would have given
+            is not known and counts as nothing more, for the predictor and for the constant alike. draft_cost: of a
+            draft pass.
     """
     depths = torch.arange(1, survival.shape[1] + 1, device=survival.device)
     cost = 1 + draft_cost * depths

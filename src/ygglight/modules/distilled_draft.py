@@ -31,9 +31,10 @@ class DistilledDraft(L.LightningModule):
 
     Args:
         target: A directory of a Hugging Face model, a .gguf file, or a packaged name.
-        output: Where the draft goes. When training breaks off, what there is goes to the same name with ``-interrupted``.
-        layers: Decoder layers of the draft: the target's first ones. (First and last would be a worse beginning: of two layers
-            of SmolLM2 the first two start at a KL of 15, first and last at 49.)
+        output: Where the draft goes. When training breaks off, what there is goes to the same name with
+            ``-interrupted``.
+        layers: Decoder layers of the draft: the target's first ones. (First and last would be a worse beginning: of
+            two layers of SmolLM2 the first two start at a KL of 15, first and last at 49.)
         init: ``target`` copies embeddings, norms, head and those layers; ``random`` draws all weights anew.
         freeze_embeddings: Train neither embeddings nor head: they are most of a small draft's weights.
         temperature: Of both distributions in the loss.
@@ -147,7 +148,7 @@ class DistilledDraft(L.LightningModule):
     # -- the result ----------------------------------------------------------------------------------------------
     def on_fit_end(self) -> None:
         """Write the draft."""
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+        if self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False):
             broken = self.trainer.interrupted and self.trainer.global_step < self.trainer.estimated_stepping_batches
             self.write(f"{self._p.output}-interrupted" if broken else self._p.output)
 

@@ -50,9 +50,6 @@ def _check_tokenizer(name: str, directory: Any, module: Any) -> None:
     mine, other = theirs.get_vocab(), ours.get_vocab()
     wrong = [token for token, index in other.items() if mine.get(token, index) != index]
     if wrong or len(set(mine) & set(other)) < 0.9 * len(mine):
-        raise ValueError(
-            f"the draft {name!r} has another vocabulary than the model (token {wrong[0]!r} has another id)"
-            if wrong
-            else f"the draft {name!r} has another vocabulary than the model ({len(set(mine) & set(other))} of {len(mine)} tokens "
-            "in common)"
-        )
+        shared = len(set(mine) & set(other))
+        why = f"token {wrong[0]!r} has another id" if wrong else f"{shared} of {len(mine)} tokens in common"
+        raise ValueError(f"the draft {name!r} has another vocabulary than the model ({why})")

@@ -28,8 +28,8 @@ class YggdrasilStrategy(OneDeviceStrategy):
     """Same text, sooner: ``generate`` drafts a tree of tokens and verifies it in one pass of the model.
 
     Inside each predict, validation and test step, and nowhere else, ``generate`` of every causal language model of
-    transformers in the LightningModule goes through the tree (Yggdrasil, arXiv 2512.23858). Greedy text is that of plain
-    ``generate``, sampled text has its distribution. Training steps are not touched.
+    transformers in the LightningModule goes through the tree (Yggdrasil, arXiv 2512.23858). Greedy text is that of
+    plain ``generate``, sampled text has its distribution. Training steps are not touched.
 
     Args:
         draft: What drafts: ``lookup`` copies from the text and needs no model; a directory, .gguf file or packaged name
@@ -43,7 +43,8 @@ class YggdrasilStrategy(OneDeviceStrategy):
         max_verify: Most nodes that are verified at once.
         predictor: Directory of a depth predictor (recipe ``yggdrasil/fit_depth_predictor.yaml``).
         log: Directory to which every iteration is written, to fit a depth predictor from.
-        max_tokens: Longest text, prompt and answer together, which bounds the KV cache. Default: what each call asks for.
+        max_tokens: Longest text, prompt and answer together, which bounds the KV cache. Default: what each call asks
+            for.
         draft_dtype: Of a draft that is loaded here; by default that of the model.
         compile: Run model and draft through ``torch.compile``.
         progress: Count tokens in a progress bar; default: where the Trainer has one.
@@ -138,7 +139,7 @@ class YggdrasilStrategy(OneDeviceStrategy):
         if self._progress is not None:
             return self._progress
         bar = trainer.progress_bar_callback
-        return bar is not None and bar.is_enabled
+        return bar is not None and bool(getattr(bar, "is_enabled", True))
 
     def _count(self, tokens: int) -> None:
         if self._bar is not None:

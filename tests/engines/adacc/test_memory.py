@@ -129,7 +129,7 @@ def test_watching_takes_little_more_than_recomputing_everything(session: Session
 
 
 def test_most_of_what_autograd_saves_has_an_action_of_its_own(session: Session) -> None:
-    """Counted by hooks of its own on a plain step, by unique storage, without parameters, their copies and the batch."""
+    """Counted by hooks of its own on a plain step, by unique storage, without parameters, copies and batch."""
     module = session.module
     state = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
     given = {t.untyped_storage()._cdata for t in torch.utils._pytree.tree_leaves(session.batch)}
@@ -165,7 +165,7 @@ def test_stored_bytes_are_what_is_alive_between_forward_and_backward(session: Se
         made = session.use(policies)
         between: list[int] = []
         with LiveBytes(session.module.parameters()) as meter:
-            session.managed(backward=lambda loss: between.append(meter.live))
+            session.managed(backward=lambda loss, between=between: between.append(meter.live))
         # The workspace of the last region (the logits' gradient, say) is not yet there; the loss is.
         assert made.stored_bytes == pytest.approx(between[0], rel=0.03, abs=2048)
     assert made.plain_stored_bytes > made.stored_bytes

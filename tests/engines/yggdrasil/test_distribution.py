@@ -1,7 +1,7 @@
 """Sampled text has the target's distribution: checks A7, A8 and A10 of the brief, with rules that must fail.
 
-A toy target over five tokens: the next token depends on the last one. All texts of four tokens can be enumerated, so the joint
-distribution is compared, not the marginals: a generator that repeats itself looks right one token at a time.
+A toy target over five tokens: the next token depends on the last one. All texts of four tokens can be enumerated, so
+the joint distribution is compared, not the marginals: a generator that repeats itself looks right one token at a time.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def chi_square_p(counts: Tensor, joint: Tensor) -> float:
 def fits(rule: Rule, temperature: float, top: str) -> bool:
     p = chances(temperature, top)
     joint = exact(p)
-    # Of seeds 1 to 6 at temperature 0.5 the first is 2.8 standard errors off, the others within 1.2: chance, and fixed here.
+    # Of seeds 1 to 6 at temperature 0.5 the first is 2.8 standard errors off, the others within 1.2: chance.
     counts = draw_texts(p, rule, seed=2)
     noise = max(distance(plain_texts(p, seed=10 + i), joint) for i in range(5))
     return chi_square_p(counts, joint) > 0.001 and distance(counts, joint) <= 1.5 * noise

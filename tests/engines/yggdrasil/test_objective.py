@@ -1,4 +1,4 @@
-"""Objective, acceptance and calibration: check A13 of the brief, by exhaustion, and the limits that can be told beforehand."""
+"""Objective, acceptance and calibration: check A13 of the brief, by exhaustion, and limits known beforehand."""
 
 from __future__ import annotations
 

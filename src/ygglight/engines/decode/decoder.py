@@ -52,7 +52,7 @@ class Decoder:
     """
 
     def __init__(
-        self, model: nn.Module, capacity: int, *, batch: int = 1, graphs: bool | None = None, compile: bool = False
+        self, model: Any, capacity: int, *, batch: int = 1, graphs: bool | None = None, compile: bool = False
     ) -> None:
         attention.register()
         self.model: Any = model
@@ -68,9 +68,8 @@ class Decoder:
         self._configs = configs_of(model)
         with torch.inference_mode(False):  # or they could not be written in a later run outside of it
             self._columns = torch.arange(capacity, device=self.device)
-            self._where = (
-                self._columns.clone()
-            )  # the position of what lies in each slot: of a tree's it is not the slot
+            # The position of what lies in each slot: of a tree's nodes it is not the slot.
+            self._where: Tensor = self._columns.clone()
         self._windowed = any(window is not None for window in self.kinds.values())
         self._head: nn.Module | None = self.model.get_output_embeddings()
         self._trims = "logits_to_keep" in inspect.signature(self.model.forward).parameters

@@ -1,9 +1,9 @@
 """The logits processors that `generate` prepares, applied to the nodes of a tree, each with its own prefix.
 
-Two ways to the same scores. ``row`` gives transformers' own processors the very prefix of one node: used where nodes are
-looked at one by one (a CPU). ``rows`` does all nodes at once without a host read (a GPU): processors that look at the
-scores alone run as they are, those that look at the prefix are written anew for padded prefixes. Processors that keep
-state between calls, or that we do not know, cannot be run over a tree at all: :func:`unknown` names them.
+Two ways to the same scores. ``row`` gives transformers' own processors the very prefix of one node: used where nodes
+are looked at one by one (a CPU). ``rows`` does all nodes at once without a host read (a GPU): processors that look at
+the scores alone run as they are, those that look at the prefix are written anew for padded prefixes. Processors that
+keep state between calls, or that we do not know, cannot be run over a tree at all: :func:`unknown` names them.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from torch import Tensor
 class Stopping:
     """Stopping criteria over accepted tokens.
 
-    End tokens and the length are looked up on the host; all other criteria (stop strings, time, the user's own) are asked
-    with the very prefix that they would have seen in transformers' loop, and without scores.
+    End tokens and the length are looked up on the host; all other criteria (stop strings, time, the user's own) are
+    asked with the very prefix that they would have seen in transformers' loop, and without scores.
 
     Args:
         criteria: A ``StoppingCriteriaList``. device: where criteria expect tokens.

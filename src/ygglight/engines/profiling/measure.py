@@ -21,8 +21,8 @@ def measure_widths(
 ) -> dict[int, float]:
     """Median seconds of ``run(width)`` for each width, made non-decreasing.
 
-    Rounds go over all widths in turn, so that drift (clocks, other processes) hits all alike; as many rounds as the budget
-    allows, at least two of each width that is kept.
+    Rounds go over all widths in turn, so that drift (clocks, other processes) hits all alike; as many rounds as the
+    budget allows, at least two of each width that is kept.
 
     Args:
         run: does the work; on CUDA it may return before the work is done. widths: ascending. device: where it works.

@@ -15,7 +15,8 @@ class RankAcceptance:
 
     Args:
         ranks: how many are told apart. prior: the shares before anything was seen; the last value goes on halving.
-        weight: how many observations the prior counts for. memory: observations after which one counts 1/e: text changes.
+        weight: how many observations the prior counts for. memory: observations after which one counts 1/e: text
+            changes.
     """
 
     def __init__(self, ranks: int, prior: Sequence[float] = PRIOR, weight: float = 12.0, memory: float = 400.0) -> None:
@@ -56,15 +57,15 @@ class RankAcceptance:
 def expected_tree(rates: tuple[float, ...], width: int, depth: int) -> tuple[float, ...]:
     """Values of an equal-growth tree in which every node's children have the same chances.
 
-    Positional acceptance as in Sequoia's search; a real tree, grown from the draft's probabilities, adapts to the text and
-    does no worse.
+    Positional acceptance as in Sequoia's search; a real tree, grown from the draft's probabilities, adapts to the text
+    and does no worse.
 
     Args:
         rates: a_1, a_2, ... of the children of any accepted node. width: new nodes a step. depth: steps.
 
     Returns:
-        Probability of each of the ``1 + width * depth`` nodes, the largest first, the root's 1 among them: the first k add up
-        to the tokens expected when k nodes are verified.
+        Probability of each of the ``1 + width * depth`` nodes, the largest first, the root's 1 among them: the first k
+        add up to the tokens expected when k nodes are verified.
     """
     found, pool, count = [1.0], list[tuple[float, int]](), 0
     frontier = [1.0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,19 +19,19 @@ PRIOR_WEIGHT = 8.0
 class Calibration:
     """A monotone map from an edge's draft log-probability to the log of how often such edges were accepted.
 
-    One map for the draft's best candidates and one for the rest: greedy text follows the best candidate far more often than
-    its probability says. Each is made of counts in bins, drawn to a prior of a few observations, made non-decreasing by
-    pooling neighbours (isotonic regression), and interpolated between the centres of the bins.
+    One map for the draft's best candidates and one for the rest: greedy text follows the best candidate far more often
+    than its probability says. Each is made of counts in bins, drawn to a prior of a few observations, made
+    non-decreasing by pooling neighbours (isotonic regression), and interpolated between the centres of the bins.
 
     Args:
-        greedy: whether the target takes its best token. Then the prior of a best candidate of probability p is (1 + p) / 2 and
-            that of any other p / 2; for sampled text it is p.
+        greedy: whether the target takes its best token. Then the prior of a best candidate of probability p is (1 + p)
+            / 2 and that of any other p / 2; for sampled text it is p.
         memory: observations of a bin after which an old one counts 1/e.
     """
 
     def __init__(self, *, greedy: bool = False, memory: float = 500.0) -> None:
         bounds = (-10.0, *EDGES, 0.0)
-        self._centres = [0.5 * (a + b) for a, b in zip(bounds, bounds[1:], strict=False)]
+        self._centres = [0.5 * (a + b) for a, b in pairwise(bounds)]
         p = [math.exp(c) for c in self._centres]
         priors = ([(1 + x) / 2 for x in p], [x / 2 for x in p]) if greedy else (p, p)
         self._hits = [[x * PRIOR_WEIGHT for x in prior] for prior in priors]
@@ -42,8 +43,8 @@ class Calibration:
         """Learn.
 
         Args:
-            edges: the draft's log-probabilities of children of accepted nodes. firsts: whether each was the draft's best
-                candidate. accepted: whether it was accepted.
+            edges: the draft's log-probabilities of children of accepted nodes. firsts: whether each was the draft's
+                best candidate. accepted: whether it was accepted.
         """
         for edge, first, hit in zip(edges, firsts, accepted, strict=True):
             table, index = 0 if first else 1, bisect.bisect_left(EDGES, edge)

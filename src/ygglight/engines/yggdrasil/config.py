@@ -52,9 +52,10 @@ class Config:
     Args:
         tree: "auto" measures this machine and chooses depth, width and verified nodes as it goes; or fixed numbers,
             ``{"width": 4, "depth": 4, "verify": 12}`` (``verify`` may be left out: all nodes).
-        plan: "auto" tries the stage plans on a GPU and freezes the fastest (on a CPU nothing overlaps, and the plainest is
-            taken); or one :class:`StagePlan` as a mapping.
-        max_depth: deepest tree that "auto" tries. max_width: its widest. max_verify: most nodes that it verifies at once.
+        plan: "auto" tries the stage plans on a GPU and freezes the fastest (on a CPU nothing overlaps, and the
+            plainest is taken); or one :class:`StagePlan` as a mapping.
+        max_depth: deepest tree that "auto" tries. max_width: its widest. max_verify: most nodes that it verifies at
+            once.
         predictor: directory of a depth predictor (recipe ``yggdrasil/fit_depth_predictor.yaml``).
         log: directory to which every iteration is written, to fit a depth predictor from.
         max_tokens: longest text, prompt and answer together; None: whatever is asked for.

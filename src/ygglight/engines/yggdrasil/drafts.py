@@ -262,6 +262,6 @@ def check_vocabulary(draft: nn.Module, vocabulary: int) -> None:
     size = int(config.get_text_config(decoder=True).vocab_size)
     if abs(size - vocabulary) >= PADDING or (size != vocabulary and min(size, vocabulary) < 8 * PADDING):
         raise ValueError(
-            f"the draft has a vocabulary of {size} tokens and the target one of {vocabulary}: they must share a tokenizer. "
-            "Use a draft of the same family, draft='lookup', or distil one: recipe yggdrasil/fit_draft.yaml"
+            f"the draft has a vocabulary of {size} tokens, the target of {vocabulary}: they must share a tokenizer: "
+            "use a draft of the same family, draft='lookup', or distil one: recipe yggdrasil/fit_draft.yaml"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ class Engine:
         generator: torch.Generator | None = None,
         temperature: float = 1.0,
         watch: Callable[[Iteration], None] | None = None,
-    ) -> Iterator[list[int]]:
+    ) -> Generator[list[int], None, None]:
         """Yield the new tokens of one text, a few at a time.
 
         Args:
@@ -119,7 +119,7 @@ class Engine:
         most = self.config.max_tokens
         if most is not None and length >= most:
             raise ValueError(
-                f"the prompt has {length} tokens and max_tokens is {most}, prompt and answer together: raise max_tokens or "
+                f"the prompt has {length} tokens and max_tokens is {most}, prompt and answer together: raise it or "
                 "shorten the prompt"
             )
         wanted = (

@@ -1,4 +1,4 @@
-"""Tree decoding in the form in which transformers takes a decoding method: ``model.generate(..., custom_generate=...)``."""
+"""Tree decoding as transformers takes a decoding method: ``model.generate(..., custom_generate=...)``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ygglight.engines.decode import check_tree_support
 from ygglight.engines.decode.processors import NodeProcessors, unknown
 from ygglight.engines.decode.stopping import Stopping
 from ygglight.engines.yggdrasil.config import Config
+from ygglight.engines.yggdrasil.decode_log import DecodeLog
 from ygglight.engines.yggdrasil.engine import Engine
 from ygglight.engines.yggdrasil.loop import Iteration
 from ygglight.engines.yggdrasil.report import Report
@@ -26,9 +27,9 @@ log = logging.getLogger(__name__)
 class TreeGenerate:
     """A decoding method for ``custom_generate``: the same text as ``generate`` gives, by tree speculation.
 
-    Greedy and sampled (``do_sample``) texts of one or several prompts; each prompt of a batch is decoded by itself. What
-    it cannot do (beams, streamers, unknown logits processors, scores or hidden states as output, models that cannot be
-    run over a tree) goes to transformers' own loop, with one warning a reason.
+    Greedy and sampled (``do_sample``) texts of one or several prompts; each prompt of a batch is decoded by itself.
+    What it cannot do (beams, streamers, unknown logits processors, scores or hidden states as output, models that
+    cannot be run over a tree) goes to transformers' own loop, with one warning a reason.
 
     Args:
         draft: "lookup" (copies from the text), or a causal LM with the vocabulary of the model.
@@ -47,6 +48,8 @@ class TreeGenerate:
         self.generator: torch.Generator | None = None
         self._engines: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
         self._warned: set[str] = set()
+        self._log: DecodeLog | None = None
+        self._prompts = 0
 
     def __call__(
         self,
@@ -99,8 +102,10 @@ class TreeGenerate:
         return engine
 
     def release(self) -> None:
-        """Give the caches back."""
+        """Give the caches back, and write what the log still holds."""
         self._engines.clear()
+        if self._log is not None:
+            self._log.flush()
 
     def _one(
         self, engine: Engine, row: Tensor, prompt: Tensor, processors: NodeProcessors, stopping: Stopping, config: Any
@@ -108,7 +113,7 @@ class TreeGenerate:
         tokens: list[int] = []
         run = engine.generate(
             prompt, processors, stopping, shown=row, do_sample=bool(config.do_sample), generator=self.generator,
-            temperature=float(config.temperature or 1.0) if config.do_sample else 1.0, watch=self.watch,
+            temperature=float(config.temperature or 1.0) if config.do_sample else 1.0, watch=self._watcher(),
         )  # fmt: skip
         try:
             for new in run:
@@ -119,6 +124,25 @@ class TreeGenerate:
             run.close()
             self.report.add(engine.take_report())
         return tokens
+
+    def _watcher(self) -> Callable[[Iteration], None] | None:
+        """Who sees the iterations of the next text: the one who asked, and the log."""
+        if self.config.log is None:
+            return self.watch
+        if self._log is None:
+            self._log = DecodeLog(self.config.log)
+            weakref.finalize(self, self._log.flush)  # at exit, too: no run loses rows
+        rows, number, asked = self._log, self._prompts, self.watch
+        self._prompts += 1
+
+        def watch(iteration: Iteration) -> None:
+            if iteration.shape is not None and iteration.hidden is not None:
+                depth = int(iteration.tree.depths.max())  # what was verified: deeper nodes were cut off, not refused
+                rows.append(iteration.hidden, len(iteration.verdict.path) - 1, max(1, depth), number)
+            if asked is not None:
+                asked(iteration)
+
+        return watch
 
     # -- what goes to transformers -----------------------------------------------------------------------------------
     def _why_not(

@@ -76,8 +76,8 @@ class Loop:
         """Yield the new tokens, a few at a time.
 
         Args:
-            prompt: int64 ``[L]`` on the target's device. shown: the prompt as processors and criteria see it, that is with
-                the padding before it. limit: longest text, ``shown`` and all.
+            prompt: int64 ``[L]`` on the target's device. shown: the prompt as processors and criteria see it, that is
+                with the padding before it. limit: longest text, ``shown`` and all.
         """
         clock = Clock(self.report, self.target.device)
         try:
@@ -187,9 +187,10 @@ class Loop:
             visited = grown[found.path.clamp_max(size - 1)]
             micro = (tree.edges.clamp_min(-100.0) * MICRO).long()
             packed += [self._ranks(visited, found.tokens), tree.parents, micro, tree.firsts.long()]
-        if self.predict is not None and hidden is not None:
+        if hidden is not None and (self.predict is not None or self.watch is not None):
             self._hidden = hidden[0, found.last].clone()
-            packed.append((self.predict(self._hidden) * MICRO).long())
+            if self.predict is not None:
+                packed.append((self.predict(self._hidden) * MICRO).long())
         numbers = self._read(torch.cat(packed))
         count = numbers[0]
         parts = [numbers[1 + i * size : 1 + (i + 1) * size] for i in range(6 if learns else 2)]
@@ -220,7 +221,7 @@ class Loop:
         return len(tree.tokens) > 1
 
     def _ranks(self, visited: Tensor, drawn: Tensor) -> Tensor:
-        """For grown nodes, the draft's rank of the token that the target drew: -1 if none, -2 if nothing was drafted."""
+        """For grown nodes, the draft's rank of the token that the target drew: -1: none, -2: nothing was drafted."""
         candidates = self.draft.ranks()
         if candidates is None:  # copied text has no ranks
             return torch.full_like(visited, -1)

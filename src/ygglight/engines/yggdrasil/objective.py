@@ -2,7 +2,7 @@
 
     speedup = tokens(Wd, Dd, Wv) * Tver(1) / (Tdraft(head) + (Dd - 1) * Tdraft(Wd) + Tver(Wv) + Tfix)
 
-The paper charges Dd * Tdraft(Wd). We know that the first of the draft's passes has one or two rows, not Wd, and charge that.
+The paper charges Dd * Tdraft(Wd). The first of the draft's passes has one or two rows, not Wd, and we charge that.
 """
 
 from __future__ import annotations
@@ -101,12 +101,12 @@ def choose_verify(
 ) -> tuple[Shape, float]:
     """How many nodes of this very tree to verify.
 
-    The draft's cost is spent, but stays in the ratio: what is maximised is the long-run rate of tokens, and the best ratio of
-    a sum depends on its constant part (renewal reward).
+    The draft's cost is spent, but stays in the ratio: what is maximised is the long-run rate of tokens, and the best
+    ratio of a sum depends on its constant part (renewal reward).
 
     Args:
-        expected: tokens if the best k nodes are verified, k = 1... width, depth: of the tree. buckets: sizes that there are; 1 is
-            always one of them, for a tree may turn out not to be worth verifying.
+        expected: tokens if the best k nodes are verified, k = 1... width, depth: of the tree. buckets: sizes that
+            there are; 1 is always one of them, for a tree may turn out not to be worth verifying.
 
     Returns:
         The best shape and its speedup.
@@ -122,8 +122,8 @@ class Choice:
     """The outcome of :func:`choose_shape`.
 
     Args:
-        shape: None when plain decoding is the fastest. speedup: of the best tree over plain decoding. tokens: expected with
-            it. table: (shape, tokens, speedup) of everything considered.
+        shape: None when plain decoding is the fastest. speedup: of the best tree over plain decoding. tokens: expected
+            with it. table: (shape, tokens, speedup) of everything considered.
     """
 
     shape: Shape | None
@@ -143,7 +143,8 @@ def choose_shape(
     """The best numbers of all that there are, or plain decoding.
 
     Args:
-        rates: chances of the draft's candidates by rank. costs: of the machine. widths, depths, buckets: compiled sizes.
+        rates: chances of the draft's candidates by rank. costs: of the machine. widths, depths, buckets: compiled
+            sizes.
         margin: speedup that a tree must promise to be worth its while.
     """
     table = []

@@ -20,8 +20,8 @@ class PlanTrial:
     All plans give the same text, so the trial is done on the user's own: only its speed varies while it lasts.
 
     Args:
-        fixed: the plan that was asked for; None tries them all. device: where the work runs. On a CPU nothing overlaps and
-            reads cost nothing, so the plan without work ahead of time, which prunes every tree, is taken untried.
+        fixed: the plan that was asked for; None tries them all. device: where the work runs. On a CPU nothing overlaps
+            and reads cost nothing, so the plan without work ahead of time, which prunes every tree, is taken untried.
         of_model: whether the draft is a model; copied text has no stages to move, and is made and pruned on the host.
     """
 

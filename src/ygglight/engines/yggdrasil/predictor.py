@@ -1,4 +1,4 @@
-"""How deep will the draft be right? Guessed from the target's last hidden state (brief A.3, depth predictor; our design)."""
+"""How deep will the draft be right? Guessed from the target's last hidden state (brief A.3; our design)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ FILE, SHAPE = "predictor.safetensors", "predictor.json"
 class DepthPredictor(nn.Module):
     """P(accepted length >= d) for d = 1..max_depth, from the hidden state before the root.
 
-    A two-layer network gives hazards, h_d = P(>= d | >= d - 1); their running product is the survival curve, monotone by
-    construction.
+    A two-layer network gives hazards, h_d = P(>= d | >= d - 1); their running product is the survival curve, monotone
+    by construction.
 
     Args:
         hidden_size: of the target. max_depth: D. width: of the layers.
@@ -49,8 +49,9 @@ class DepthPredictor(nn.Module):
         """Mean binary cross entropy of the hazards that were seen.
 
         Args:
-            hidden: ``[N, H]``. accepted: int64 ``[N]``, accepted length. drafted: int64 ``[N]``, depth of the tree: when all of
-                it was accepted, that is only a lower bound, and deeper hazards were not seen (right-censored).
+            hidden: ``[N, H]``. accepted: int64 ``[N]``, accepted length. drafted: int64 ``[N]``, depth of the tree:
+                when all of it was accepted, that is only a lower bound, and deeper hazards were not seen
+                (right-censored).
         """
         depths = torch.arange(1, self.max_depth + 1, device=hidden.device)
         tried = depths[None] <= torch.minimum(accepted + 1, drafted)[:, None]  # hazard d is seen once d - 1 was reached

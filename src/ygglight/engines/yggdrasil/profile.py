@@ -38,9 +38,9 @@ def _fixed(decoder: Decoder) -> float:
 
 def _latency(decoder: Decoder, context: int, widths: tuple[int, ...], config: Config) -> Latency:
     widths = tuple(sorted(w for w in widths if w <= max(config.max_verify, config.max_width)))
+    capacity = decoder.capacity if decoder.device.type == "cuda" else 0
     key = fingerprint(decoder.model, decoder.device) | {
-        "what": "tree forward", "context": context, "capacity": decoder.capacity if decoder.device.type == "cuda" else 0,
-        "compile": config.compile,
+        "what": "tree forward", "context": context, "capacity": capacity, "compile": config.compile
     }  # fmt: skip
 
     def measure() -> dict[str, Any]:
@@ -62,7 +62,7 @@ def _measure(decoder: Decoder, context: int, widths: tuple[int, ...], config: Co
         decoder.nodes(torch.ones_like(ids), ids, ids, lower)
 
     try:
-        # A tree of depth D yields at most D + 1 tokens, so widths that take longer than that many plain steps never win.
+        # A tree of depth D yields at most D + 1 tokens, so widths slower than that many plain steps never win.
         limit = config.max_depth + 1.0
         found = measure_widths(forward, widths, device, budget_seconds=config.profile_seconds / 2, give_up=limit)
     finally:

@@ -1,7 +1,8 @@
 """Which drafted nodes to verify: the best subtree of every size at once (brief A.3, verify prune).
 
-A node is worth the probability that it is accepted: that of its whole path. A child is never worth more than its parent, so
-the k best nodes always form a subtree, and sorting replaces the paper's dynamic programme. Nothing reads on the host.
+A node is worth the probability that it is accepted: that of its whole path. A child is never worth more than its
+parent, so the k best nodes always form a subtree, and sorting replaces the paper's dynamic programme. Nothing reads on
+the host.
 """
 
 from __future__ import annotations

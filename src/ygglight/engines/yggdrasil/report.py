@@ -19,10 +19,10 @@ class Report:
     """Totals over any number of generations.
 
     Args:
-        tokens: new tokens. iterations: verifications. drafted: iterations that had a tree. accepted: drafted tokens that
-            were accepted. verified: nodes run through the target. reads: times the host waited for the device.
-        seconds: by stage. shapes: (width, depth) -> iterations. generations: prompts. fallbacks: reason -> prompts that went
-            to transformers' own loop. notes: what a user should know.
+        tokens: new tokens. iterations: verifications. drafted: iterations that had a tree. accepted: drafted tokens
+            that were accepted. verified: nodes run through the target. reads: times the host waited for the device.
+        seconds: by stage. shapes: (width, depth) -> iterations. generations: prompts. fallbacks: reason -> prompts
+            that went to transformers' own loop. notes: what a user should know.
     """
 
     tokens: int = 0

@@ -21,8 +21,8 @@ class Selector:
 
     Args:
         config: what the user said. costs: measured latencies; None with a fixed tree. greedy: whether the best token is
-            always taken. free: whether drafting costs nothing: then the largest tree is always grown, and how much of it is
-            verified is all that there is to choose.
+            always taken. free: whether drafting costs nothing: then the largest tree is always grown, and how much of
+            it is verified is all that there is to choose.
     """
 
     def __init__(self, config: Config, costs: Costs | None, *, greedy: bool = True, free: bool = False) -> None:
@@ -87,8 +87,8 @@ class Selector:
 
         Args:
             ranks: for each visited node, the draft's rank of the token that the target drew there (None: not among the
-                candidates). edges: draft log-probabilities of children of visited nodes. firsts: which of these were the
-                draft's best candidates. accepted: which were accepted.
+                candidates). edges: draft log-probabilities of children of visited nodes. firsts: which of these were
+                the draft's best candidates. accepted: which were accepted.
         """
         for rank in ranks:
             self.acceptance.observe(rank)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,8 @@ DEAD = float("-inf")
 class TokenTree:
     """A tree of ``N`` tokens; parents come before their children.
 
-    Node 0 is the root: the last token of the text, known but not yet in the KV cache. Dead nodes fill up a tree that has
-    fewer tokens than its shape: their score is -inf, they hang on the root and are never accepted.
+    Node 0 is the root: the last token of the text, known but not yet in the KV cache. Dead nodes fill up a tree that
+    has fewer tokens than its shape: their score is -inf, they hang on the root and are never accepted.
 
     Args:
         tokens: int64 ``[N]``. parents: int64 ``[N]``, -1 for the root. depths: int64 ``[N]``, 0 for the root.
@@ -50,9 +51,9 @@ class TokenTree:
         """Merge paths that start below the root; made on the host.
 
         Args:
-            root: its token. paths: tokens from depth 1 on; common beginnings become one. size: nodes in all; what does not
-                fit is left out, what is missing is dead. scores: log-value of each step of each path (default 0); where
-                paths share a node the first one's counts. device: of the tensors.
+            root: its token. paths: tokens from depth 1 on; common beginnings become one. size: nodes in all; what does
+                not fit is left out, what is missing is dead. scores: log-value of each step of each path (default 0);
+                where paths share a node the first one's counts. device: of the tensors.
         """
         tokens, parents, depths, edges, total = [root], [-1], [0], [0.0], [0.0]
         children: dict[tuple[int, int], int] = {}
@@ -109,9 +110,9 @@ class TokenTree:
 class Growth:
     """Grows an equal-growth tree of ``1 + width * depth`` nodes: ``width`` new ones a step, the best of a global pool.
 
-    The pool holds every candidate of every expanded node that was not taken yet, so a step may widen a shallow node as well
-    as deepen the tree (brief A.3; EAGLE-2's pool is the last level only). Candidates are ranked by the sum of log-values
-    along their path, ties go to the one that came first.
+    The pool holds every candidate of every expanded node that was not taken yet, so a step may widen a shallow node as
+    well as deepen the tree (brief A.3; EAGLE-2's pool is the last level only). Candidates are ranked by the sum of
+    log-values along their path, ties go to the one that came first.
 
     Args:
         width: nodes a step, and rows of the draft's forward. depth: steps. device: of the tensors.
@@ -122,7 +123,7 @@ class Growth:
             raise ValueError(f"a tree of width {width} and depth {depth} has no nodes: both must be at least 1")
         self.width, self.depth = width, depth
         size, pool = 1 + width * depth, width * (1 + width * (depth - 1))
-        integers = {"dtype": torch.long, "device": device}
+        integers: dict[str, Any] = {"dtype": torch.long, "device": device}
         self._tokens = torch.zeros(size, **integers)
         self._parents = torch.zeros(size, **integers)
         self._depths = torch.zeros(size, **integers)
@@ -177,9 +178,10 @@ class Growth:
         """Add ``width`` nodes.
 
         Args:
-            log_probabilities: float ``[n, V]``, of the draft after each node of the frontier. calibrate: from the draft's
-                log-probabilities of candidates ``[n, k]`` in order of rank to the logs of how likely each is accepted, none
-                above 0.
+            log_probabilities: float ``[n, V]``, of the draft after each node of the frontier. calibrate: from the
+                draft's
+                log-probabilities of candidates ``[n, k]`` in order of rank to the logs of how likely each is accepted,
+                none above 0.
 
         Returns:
             Ids of the new nodes, int64 ``[width]``: the new frontier.

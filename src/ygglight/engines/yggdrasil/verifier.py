@@ -1,7 +1,8 @@
 """From the target's logits over a tree to the tokens that are accepted: node by node on a CPU, all at once on a GPU.
 
-Both follow one rule: at each node draw ONE token from the target's processed distribution; if a child holds it, descend,
-else stop and emit it (brief, trap 18). Exact for any tree that does not depend on that draw, greedy or sampled.
+Both follow one rule: at each node draw ONE token from the target's processed distribution; if a child holds it,
+descend, else stop and emit it (brief, trap 18). Exact for any tree that does not depend on that draw, greedy or
+sampled.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ class Verdict:
     """What came of one tree.
 
     Args:
-        path: accepted nodes, the root first, on the host. tokens: what the text grows by: the accepted nodes' tokens and
-            the bonus token.
+        path: accepted nodes, the root first, on the host. tokens: what the text grows by: the accepted nodes' tokens
+            and the bonus token.
     """
 
     path: list[int]

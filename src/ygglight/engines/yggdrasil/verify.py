@@ -1,8 +1,9 @@
 """Which nodes are accepted, given the token that the target draws at each (brief, traps 16 to 18).
 
 One rule, exact for greedy and for sampled text: at a node draw ONE token from the target's processed distribution; if a
-child holds it, descend, else stop. The drawn token is emitted either way, so the text is distributed as the target's for any
-tree that does not depend on that draw. The rule ``min(1, p/q)`` of speculative sampling is NOT exact for trees of top-k
+child holds it, descend, else stop. The drawn token is emitted either way, so the text is distributed as the target's
+for any tree that does not depend on that draw. The rule ``min(1, p/q)`` of speculative sampling is NOT exact for trees
+of top-k
 candidates: these were not drawn from q. Nor is one block of random numbers reused from step to step.
 """
 
@@ -22,9 +23,10 @@ class Accepted:
     """The accepted path, all of static shape, on the device.
 
     Args:
-        count: int64 ``[]``, accepted drafted nodes: 0 to the depth of the tree. path: int64 ``[K]``, their ids, the root
-            first, filled up with K. tokens: int64 ``[K]``, their tokens (without the root's) and the bonus token, filled up
-            with -1. last: int64 ``[]``, id of the deepest accepted node. bonus: int64 ``[]``, the token drawn there.
+        count: int64 ``[]``, accepted drafted nodes: 0 to the depth of the tree. path: int64 ``[K]``, their ids, the
+            root first, filled up with K. tokens: int64 ``[K]``, their tokens (without the root's) and the bonus token,
+            filled up with -1. last: int64 ``[]``, id of the deepest accepted node. bonus: int64 ``[]``, the token drawn
+            there.
     """
 
     count: Tensor
@@ -68,8 +70,9 @@ def walk(tokens: Sequence[int], parents: Sequence[int], draw: Callable[[int, lis
     """Walk the tree on the host, drawing at visited nodes only.
 
     Args:
-        tokens: of the nodes. parents: of the nodes; -1 for the root; dead nodes must have been left out, or they could be
-            taken for drafted ones. draw: (node, tokens of the path below the root) -> the token that the target draws.
+        tokens: of the nodes. parents: of the nodes; -1 for the root; dead nodes must have been left out, or they could
+            be taken for drafted ones. draw: (node, tokens of the path below the root) -> the token that the target
+            draws.
     """
     children: dict[tuple[int, int], int] = {}
     for node in range(1, len(tokens)):

@@ -1,7 +1,7 @@
 """Distillation loss between two linear heads, without the full [N, V] logits of either ever existing.
 
-Everything that backward needs is computed in forward, a chunk of tokens at a time (as Liger-Kernel does for cross entropy):
-the logits of teacher and student exist once, and only for one chunk.
+Everything that backward needs is computed in forward, a chunk of tokens at a time (as Liger-Kernel does for cross
+entropy): the logits of teacher and student exist once, and only for one chunk.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ def tree_attention_reference(
     """See :func:`ygglight.kernels.tree_attention.tree_attention`.
 
     The query heads of a group are folded into the rows of one product with their key head, so keys and values are read
-    once and never repeated. Everything is in float32 (float64 for float64): scores rounded to bfloat16 are not enough for
-    models with large ones (Qwen2.5: logits 38 % off).
+    once and never repeated. Everything is in float32 (float64 for float64): scores rounded to bfloat16 are not enough
+    for models with large ones (Qwen2.5: logits 38 % off).
     """
     batch, heads, width, size = query.shape
     groups, slots = key.shape[1], key.shape[2]
