@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["generation_models", "hugging_face_loop", "output_wishes", "padded_rows", "through", "wrap_output"]
+__all__ = [
+    "generation_models", "hugging_face_loop", "lost_streamer", "output_wishes", "padded_rows", "stored_mode",
+    "through", "wrap_output",
+]  # fmt: skip
 
 
 def generation_models(module: nn.Module) -> list[nn.Module]:
@@ -29,22 +34,27 @@ def through(model: Any, method: Callable[..., Any]) -> Callable[..., Any]:
     Args:
         model: A generation model. method: In the form of ``custom_generate``.
     """
-    original = type(model).generate
+    original = model.generate  # bound; a wrapper that the user put on the model itself stays in the way
+    names = list(inspect.signature(type(model).generate).parameters)[1:]
 
     @functools.wraps(original)
     def generate(*args: Any, **kwargs: Any) -> Any:
+        kwargs = dict(zip(names, args, strict=False)) | kwargs
         theirs = next(
             (k for k in ("streamer", "assistant_model", "custom_generate") if kwargs.get(k) is not None), None
         )
         config = kwargs.get("generation_config") or model.generation_config
         if theirs is None and (kwargs.get("prompt_lookup_num_tokens") or config.prompt_lookup_num_tokens):
             theirs = "prompt_lookup_num_tokens"
+        if theirs is None:  # modes whose code transformers fetches, unless it is told of another method
+            modes = ("penalty_alpha", "dola_layers")
+            theirs = next((name for name in modes if kwargs.get(name) or getattr(config, name, None)), None)
         if theirs is not None:
             notify = getattr(method, "_fall_back", None)
             if notify is not None:
                 notify(f"generate(..., {theirs}=...)", 1)
-            return original(model, *args, **kwargs)
-        return original(model, *args, **_stop_strings(model, kwargs), custom_generate=method)
+            return original(**kwargs)
+        return original(**_stop_strings(model, kwargs) | {"custom_generate": method})
 
     return generate
 
@@ -68,6 +78,33 @@ def _stop_strings(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or ())
     kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, strings)])
     return kwargs
+
+
+def lost_streamer() -> Any:
+    """The streamer of the ``generate`` call that runs our method, or None.
+
+    In 5.17 a callable ``custom_generate`` is not handed the streamer, and a streamer that is never ended lets its
+    reader wait for ever. It is a local of the frame that called, and nowhere else.
+    """
+    from transformers import GenerationMixin
+
+    code = inspect.unwrap(GenerationMixin.generate).__code__
+    frame = sys._getframe(1)
+    for _ in range(4):
+        if frame is None:
+            return None
+        if frame.f_code is code:
+            return frame.f_locals.get("streamer")
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def stored_mode(config: Any) -> str | None:
+    """Name of the decoding mode that a config asks for, if transformers does not hold its code any more."""
+    from transformers.generation.utils import GENERATION_MODES_MAPPING
+
+    mode = config.get_generation_mode(None)
+    return str(mode.value) if "/" in GENERATION_MODES_MAPPING[mode] else None
 
 
 def hugging_face_loop(

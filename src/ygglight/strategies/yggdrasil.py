@@ -29,7 +29,8 @@ class YggdrasilStrategy(OneDeviceStrategy):
 
     Inside each predict, validation and test step, and nowhere else, ``generate`` of every causal language model of
     transformers in the LightningModule goes through the tree (Yggdrasil, arXiv 2512.23858). Greedy text is that of
-    plain ``generate``, sampled text has its distribution. Training steps are not touched.
+    plain ``generate``, sampled text has its distribution. Training steps are not touched; of the validation inside a
+    fit no cache is left over.
 
     Args:
         draft: What drafts: ``lookup`` copies from the text and needs no model; a directory, .gguf file or packaged name
@@ -86,7 +87,7 @@ class YggdrasilStrategy(OneDeviceStrategy):
         self._methods: dict[str, TreeGenerate] = {}
         self._models: dict[str, Any] = {}
         self._bar: Any = None
-        self._told = False
+        self._told = self._fits = False
 
     # -- setting up --------------------------------------------------------------------------------------------------
     def setup(self, trainer: Trainer) -> None:
@@ -97,11 +98,14 @@ class YggdrasilStrategy(OneDeviceStrategy):
         """
         super().setup(trainer)
         self._models, self._methods, self._told = {}, {}, False
-        if trainer.state.fn == TrainerFn.FITTING or not self._enabled:
+        if not self._enabled:
             return
+        self._fits = trainer.state.fn == TrainerFn.FITTING
         module: Any = self.lightning_module
         named = {name: m for name, m in module.named_modules() if any(m is g for g in generation_models(module))}
         if not named:
+            if self._fits:
+                return  # nothing to speed up, but then fit did not ask for it
             raise TypeError(
                 f"{type(module).__name__} holds no causal language model of transformers, so there is no `generate` to "
                 "speed up: use another strategy, or load the model before predict starts (in configure_model)"
@@ -119,10 +123,10 @@ class YggdrasilStrategy(OneDeviceStrategy):
             return dict.fromkeys(named, self._draft)
         found: dict[str, Any] = {}
         for key, draft in self._draft.items():
-            matches = [name for name in named if name == key or name.startswith(f"{key}.")]
+            matches = [key] if key in named else [name for name in named if name.startswith(f"{key}.")]
             if not matches:
                 raise ValueError(f"draft names {key!r}, but the generation models here are: {', '.join(named)}")
-            found[matches[0]] = draft
+            found |= dict.fromkeys(matches, draft)
         return found
 
     def _method(self, model: Any, draft: Any) -> TreeGenerate:
@@ -139,7 +143,7 @@ class YggdrasilStrategy(OneDeviceStrategy):
         if self._progress is not None:
             return self._progress
         bar = trainer.progress_bar_callback
-        return bar is not None and bool(getattr(bar, "is_enabled", True))
+        return not self._fits and bar is not None and bool(getattr(bar, "is_enabled", True))
 
     def _count(self, tokens: int) -> None:
         if self._bar is not None:
@@ -168,6 +172,13 @@ class YggdrasilStrategy(OneDeviceStrategy):
         """The module's, with ``generate`` by the tree."""
         with self._generating():
             return super().test_step(*args, **kwargs)
+
+    def on_validation_end(self) -> None:
+        """Inside a fit, give the caches back: training needs the memory."""
+        if self._fits:
+            for method in self._methods.values():
+                method.release()
+        super().on_validation_end()
 
     # -- the end -----------------------------------------------------------------------------------------------------
     @property

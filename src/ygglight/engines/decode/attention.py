@@ -46,7 +46,8 @@ def attend(
     if query.shape[2] > MAX_TREE and softcap is None and s_aux is None:
         output = _wide(query, key, value, attention_mask, scale)
     else:
-        output = tree_attention(query, key, value, attention_mask, scale, softcap=softcap, sinks=s_aux)
+        with torch.autocast(query.device.type, enabled=False):  # it would round the scores
+            output = tree_attention(query, key, value, attention_mask, scale, softcap=softcap, sinks=s_aux)
     return output.transpose(1, 2), None
 
 

@@ -30,12 +30,11 @@ class SlotLayer(CacheLayerMixin):
         batch, heads = key_states.shape[:2]
         shape = (batch, heads, self._cache.capacity)
         self.dtype, self.device = key_states.dtype, key_states.device
-        kind: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
         # Zeros and not empty: a masked slot is multiplied by zero, and zero times NaN would be NaN. And no inference
         # tensors, which could not be written once a later run is outside of inference mode.
         with torch.inference_mode(False):
-            self.keys = torch.zeros(*shape, key_states.shape[-1], **kind)
-            self.values = torch.zeros(*shape, value_states.shape[-1], **kind)
+            self.keys = torch.zeros(*shape, key_states.shape[-1], dtype=self.dtype, device=self.device)
+            self.values = torch.zeros(*shape, value_states.shape[-1], dtype=self.dtype, device=self.device)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -44,6 +43,8 @@ class SlotLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
         slots, visible = self._cache.slots, self._cache.visible
+        # Under autocast rotated keys come in float32 and values in bfloat16, and a later run may be without it.
+        key_states, value_states = key_states.to(self.keys.dtype), value_states.to(self.values.dtype)
         if slots.shape[0] == 1:
             self.keys.index_copy_(2, slots[0], key_states)
             self.values.index_copy_(2, slots[0], value_states)

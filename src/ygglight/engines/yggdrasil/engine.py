@@ -110,7 +110,7 @@ class Engine:
         """What was done since the last call."""
         report, self._report = self._report, Report()
         for selector in self.selectors.values():
-            if selector.promised is not None and selector.promised < 1.0:
+            if selector.chose_plain:
                 report.notes.append("plain decoding is measured to be the fastest here: no tree paid for itself")
         return report
 

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ygglight.compat.generation import hugging_face_loop, output_wishes, padded_rows, wrap_output
+from ygglight.compat.generation import (
+    hugging_face_loop,
+    lost_streamer,
+    output_wishes,
+    padded_rows,
+    stored_mode,
+    wrap_output,
+)
 from ygglight.engines.decode import check_tree_support
 from ygglight.engines.decode.processors import NodeProcessors, unknown
 from ygglight.engines.decode.stopping import Stopping
@@ -29,7 +36,10 @@ class TreeGenerate:
 
     Greedy and sampled (``do_sample``) texts of one or several prompts; each prompt of a batch is decoded by itself.
     What it cannot do (beams, streamers, unknown logits processors, scores or hidden states as output, models that
-    cannot be run over a tree) goes to transformers' own loop, with one warning a reason.
+    cannot be run over a tree or are in training mode) goes to transformers' own loop, with one warning a reason.
+
+    transformers 5.17 drops ``tokenizer=`` on the way to a ``custom_generate`` and then refuses ``stop_strings``: give
+    ``stopping_criteria=[StopStringCriteria(tokenizer, strings)]``. (Under YggdrasilStrategy both work.)
 
     Args:
         draft: "lookup" (copies from the text), or a causal LM with the vocabulary of the model.
@@ -73,8 +83,13 @@ class TreeGenerate:
             int64 ``[B, L + new]``, padded on the right; or transformers' output object when it was asked for.
 
         Raises:
-            ValueError: a prompt is longer than ``max_tokens`` allows.
+            ValueError: a prompt is longer than ``max_tokens`` allows, or the decoding mode is one whose code
+                transformers does not hold.
         """
+        streamer = lost_streamer() if streamer is None else streamer
+        mode = stored_mode(generation_config)
+        if mode is not None:
+            raise ValueError(f"custom_generate decodes greedily or samples, and the settings ask for {mode}")
         reason = self._why_not(
             model, input_ids, logits_processor, generation_config, synced_gpus, streamer, model_kwargs
         )
@@ -150,6 +165,8 @@ class TreeGenerate:
     ) -> str | None:
         if config.num_beams > 1:
             return f"num_beams={config.num_beams}"
+        if model.training:  # dropout is drawn anew in every forward, and gradient checkpointing keeps no cache
+            return "a model in training mode (call eval() first)"
         if streamer is not None:
             return "a streamer"
         if synced:
@@ -163,11 +180,13 @@ class TreeGenerate:
         mask = kwargs.get("attention_mask")
         if mask is not None and (mask.dim() != 2 or bool((mask[:, 1:] < mask[:, :-1]).any())):
             return "an attention mask that is more than left padding"
+        if mask is not None and mask.shape[1] and not bool(mask[:, -1].all()):
+            return "a prompt that is padding only"
         cache = kwargs.get("past_key_values")
         if cache is not None and int(cache.get_seq_length()) > 0:
             return "a KV cache that was handed over"
         if input_ids.shape[1] == 0 or "inputs_embeds" in kwargs:
-            return "embeddings instead of tokens"
+            return "no prompt, or embeddings instead of tokens"
         try:
             check_tree_support(model)
         except ValueError as error:
@@ -190,10 +209,14 @@ def routed(models: list[Any], method: TreeGenerate) -> Iterator[None]:
     """
     from ygglight.compat.generation import through
 
+    before = [(model, model.__dict__.get("generate")) for model in models]
     for model in models:
         model.__dict__["generate"] = through(model, method)
     try:
         yield
     finally:
-        for model in models:
-            model.__dict__.pop("generate", None)
+        for model, theirs in before:
+            if theirs is None:
+                model.__dict__.pop("generate", None)
+            else:
+                model.__dict__["generate"] = theirs

@@ -41,7 +41,12 @@ class Selector:
         self._since_review = REVIEW
         self._plain = 0
         self.promised: float | None = None
-        """Speedup that the objective promised at its last look; below 1 it chose plain decoding."""
+        """Speedup that the objective promised for the best tree at its last look."""
+
+    @property
+    def chose_plain(self) -> bool:
+        """Whether at its last look the objective chose plain decoding."""
+        return self.promised is not None and self._shape is None
 
     def next(self, survival: Sequence[float] | None = None) -> Shape | None:
         """The shape to grow now; None: plain decoding is faster.

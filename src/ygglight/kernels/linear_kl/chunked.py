@@ -48,5 +48,7 @@ class ChunkedLinearKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, grad_agree: Tensor | None) -> tuple[Tensor | None, ...]:
         """Scales what forward found."""
+        if torch.is_grad_enabled():  # the saved gradients would pass for constants, and a penalty on them be dropped
+            raise RuntimeError("linear_kl cannot be differentiated twice (create_graph=True): use linear_kl_reference")
         grads = [None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors]
         return grads[0], grads[1], None, None, None, None

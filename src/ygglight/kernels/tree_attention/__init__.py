@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from ygglight.kernels._dispatch import register
-from ygglight.kernels.tree_attention.reference import tree_attention_reference
+from ygglight.kernels._dispatch import implementation, register
+from ygglight.kernels.tree_attention.checks import check_inputs
+from ygglight.kernels.tree_attention.reference import prefers_sdpa, tree_attention_reference, tree_attention_sdpa
 
 __all__ = ["tree_attention", "tree_attention_reference"]
 
-register("tree_attention", has_kernel=False)
+register("tree_attention", has_kernel=True)
+
+LARGEST_HEAD = 512
+"""Head size above which the plain version runs everywhere: two tiles of it do not fit in shared memory."""
 
 
 def tree_attention(
@@ -22,6 +27,9 @@ def tree_attention(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention with grouped heads and an arbitrary mask; forward only.
+
+    On CUDA a split-KV Triton kernel, elsewhere plain torch or, for many queries, torch's scaled_dot_product_attention.
+    Scores and sums are in float32 (float64 for float64) in all of them.
 
     Args:
         query: ``[B, Hq, W, D]``, float16, bfloat16, float32 (float64 in the plain version).
@@ -36,11 +44,15 @@ def tree_attention(
         ``[B, Hq, W, Dv]`` in the dtype of ``query``.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes, dtypes or devices do not fit, or gradients are asked for; the text names the mend.
     """
-    if query.shape[1] % key.shape[1] or mask.shape[-2:] != (query.shape[2], key.shape[2]):
-        raise ValueError(
-            f"query {tuple(query.shape)}, key {tuple(key.shape)} and mask {tuple(mask.shape)} do not fit: query heads must "
-            "be a multiple of key heads, and the mask [B or 1, 1, queries, keys]"
-        )
+    check_inputs(query, key, value, mask, softcap, sinks)
+    largest = max(query.shape[-1], value.shape[-1])
+    fits = query.dtype is not torch.float64 and largest <= LARGEST_HEAD
+    if fits and implementation("tree_attention", query.device.type).implementation == "triton":
+        from ygglight.kernels.tree_attention.triton import launch
+
+        return launch(query, key, value, mask, scale, softcap, sinks)
+    if prefers_sdpa(query, key, value, softcap, sinks):
+        return tree_attention_sdpa(query, key, value, mask, scale)
     return tree_attention_reference(query, key, value, mask, scale, softcap, sinks)
