@@ -43,8 +43,8 @@ class Case:
 CASES = {
     "quick": Case(SMOLLM2, "lookup", "gsm8k-test", "float32", tokens=24),
     "smollm2": Case(SMOLLM2, DRAFT, "gsm8k-test", "float32"),
-    "qwen": Case("qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b", "human-eval", "bfloat16", tokens=96),
-    "qwen-fp32": Case("qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b", "human-eval", "float32", tokens=96),
+    "qwen": Case("qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b", "human-eval", "bfloat16", tokens=64),
+    "qwen-fp32": Case("qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b", "human-eval", "float32", tokens=64),
     "shell-1b": Case(SMOLLM2, DRAFT, "gsm8k-test", "float32", shell="1b"),
     "shell-7b": Case(SMOLLM2, DRAFT, "gsm8k-test", "bfloat16", shell="7b"),
 }

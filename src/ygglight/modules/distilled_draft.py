@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
@@ -72,7 +74,6 @@ class DistilledDraft(L.LightningModule):
             raise ValueError(f"output={output!r} is a file: name a folder")
         self.draft: Any = None
         self._teacher: list[Any] = []  # in a list, so that it is neither a submodule nor in checkpoints
-        self._written = False
 
     @property
     def _p(self) -> Any:
@@ -90,7 +91,8 @@ class DistilledDraft(L.LightningModule):
         p = self._p
         teacher: Any = hf.load_causal_lm(resolve_model(p.target), dtype=getattr(torch, p.dtype))
         teacher.requires_grad_(False).eval()
-        if hf.linear_head(teacher) is None:
+        head = hf.linear_head(teacher)
+        if head is None or head[1] is not None:  # linear_kl knows no soft cap
             raise ValueError(
                 f"the logits of {type(teacher).__name__} are more than a linear head: it cannot be distilled"
             )
@@ -101,7 +103,16 @@ class DistilledDraft(L.LightningModule):
                 module.requires_grad_(False)
 
     def on_fit_start(self) -> None:
-        """Bring the target to where the draft trains."""
+        """Bring the target to where the draft trains; see now whether the draft can be written at the end.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        _check_writable(self._p.output)
+        self._teacher[0].to(self.device)
+
+    def on_validation_start(self) -> None:
+        """The same for the target where no fit came before."""
         self._teacher[0].to(self.device)
 
     # -- steps ---------------------------------------------------------------------------------------------------
@@ -146,16 +157,21 @@ class DistilledDraft(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # -- the result ----------------------------------------------------------------------------------------------
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Lightning tells callbacks of an exception, but not the module."""
+        return [_Rescue()]
+
     def on_fit_end(self) -> None:
         """Write the draft."""
-        if self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False):
-            broken = self.trainer.interrupted and self.trainer.global_step < self.trainer.estimated_stepping_batches
-            self.write(f"{self._p.output}-interrupted" if broken else self._p.output)
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.write(self._p.output)
 
-    def on_exception(self, exception: BaseException) -> None:
-        """Save what there is beside the place where the finished draft would go."""
-        if self.draft is not None and self.trainer.is_global_zero and self.trainer.global_step:
-            self.write(f"{self._p.output}-interrupted")
+    def rescue(self) -> None:
+        """Training broke off: save what there is beside the place where the finished draft would go."""
+        trainer: Any = self.trainer
+        trained = self.draft is not None and trainer.state.fn == TrainerFn.FITTING and trainer.global_step > 0
+        if trained and trainer.is_global_zero and not trainer.fast_dev_run:
+            self.write(f"{str(self._p.output).rstrip('/')}-interrupted")
 
     def write(self, directory: str) -> None:
         """Write the draft as a Hugging Face directory.
@@ -167,6 +183,20 @@ class DistilledDraft(L.LightningModule):
         self.draft.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         log.warning("the draft is in %s: give it to YggdrasilStrategy(draft=%r)", folder, str(folder))
+
+
+class _Rescue(L.Callback):
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if isinstance(pl_module, DistilledDraft):
+            pl_module.rescue()
+
+
+def _check_writable(output: str) -> None:
+    folder = Path(output).expanduser().absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"output={output!r} cannot be written ({folder}): name a folder where you may write")
 
 
 def cut(teacher: Any, layers: int, *, random: bool = False, seed: int = 0) -> nn.Module:

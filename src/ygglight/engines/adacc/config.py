@@ -67,12 +67,8 @@ class AdaccConfig:
 
     @property
     def error_budget(self) -> float:
-        """Summed squared relative gradient error that a plan may add up to.
-
-        Errors are measured one tensor at a time and added as if independent. On blocks with outlier channels the whole
-        was 6 to 80 % above that (0.032 where 0.018 was planned), so half of the bound is held back.
-        """
-        return (0.5 * self.max_gradient_error) ** 2
+        """Squared relative gradient error that a plan's codecs may cause together."""
+        return self.max_gradient_error**2
 
     def budget_bytes(self, plain_peak: int, free: int | None) -> int | None:
         """The limit in bytes, given the unmanaged peak and what the device has free (None: unknown)."""

@@ -114,7 +114,7 @@ def worth_adopting(old: Plan, new: Plan, error_limit: float) -> bool:
         return True
     if new.budget_bytes is not None and carried.peak_bytes > new.budget_bytes:
         return True
-    if carried.error > error_limit:
+    if carried.error * old.error_factor > error_limit:
         return True
     work = 3 * sum(sum(op.seconds for op in step.instance(i).operators) for i in range(len(step.sequence)))
     return carried.added_seconds - new.profile.added_seconds > MIN_GAIN * work

@@ -30,6 +30,7 @@ class Plan:
         solve_seconds: of the MILP.
         version: counts the plans of one run.
         reason: why it was made.
+        error_factor: squared gradient error of all its codecs together, as measured, over the sum of theirs one by one.
     """
 
     built: BuiltStep
@@ -42,11 +43,17 @@ class Plan:
     version: int = 0
     reason: str = "first micro-batch"
     notes: tuple[str, ...] = field(default=())
+    error_factor: float = 1.0
 
     @property
     def predicted_peak_bytes(self) -> int:
         """Largest live bytes above parameters, gradients, optimizer state, buffers and batch."""
         return self.profile.peak_bytes
+
+    @property
+    def gradient_error(self) -> float:
+        """Relative error of the whole gradient (2-norm) that its codecs cause together."""
+        return float((self.error_factor * self.profile.error) ** 0.5)
 
     @property
     def added_seconds(self) -> float:
@@ -120,6 +127,8 @@ class Plan:
             "added_seconds": self.added_seconds,
             "full_recompute_seconds": self.full_seconds,
             "solve_seconds": self.solve_seconds,
+            "gradient_error": self.gradient_error,
+            "error_factor": self.error_factor,
             "saved_bytes": self.saved_bytes,
             "peak_at": self.profile.peak_at,
             "actions": self.actions,

@@ -28,7 +28,7 @@ from ygglight.engines.adacc.evolution import Snapshot, reasons_to_replan, worth_
 from ygglight.engines.adacc.frame import Frame
 from ygglight.engines.adacc.handles import RegionPlan
 from ygglight.engines.adacc.plan import Plan
-from ygglight.engines.adacc.planning import Planning
+from ygglight.engines.adacc.planning import JointError, Planning
 from ygglight.engines.adacc.profiler import Profiler
 from ygglight.engines.adacc.regions import RegionSwitch, find_blocks
 from ygglight.engines.adacc.shapes import Shapes, bucket_of, covers, shapes_of
@@ -198,7 +198,7 @@ class Runtime:
             return  # no backward happened: look again next time
         profiler.check_rebuilt()
         errors = study.run(profiler) if study is not None else {}
-        self._make_plan(profiler, errors)
+        self._make_plan(profiler, errors, None if study is None else study.joint)
 
     def after_optimizer_step(self) -> None:
         """The optimizer stepped: nothing saved is alive, plans may change."""
@@ -209,16 +209,20 @@ class Runtime:
             self._due = f"look at step {self.optimizer_steps}"
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Blocks that run inside are regions (with ``forced`` plans), outside of any step."""
+    def listening(self) -> Iterator[list[Frame]]:
+        """Blocks that run inside are regions (with ``forced`` plans), outside of any step; yields their frames."""
+        outer, self._frames = self._frames, []
         self._switch.begin(root=False)
         try:
-            yield
+            yield self._frames
         finally:
             self._switch.end()
+            self._frames = outer
 
     # -- planning --------------------------------------------------------------------------------------------------
-    def _make_plan(self, profiler: Profiler, errors: dict[tuple[int, int, str], float] | None) -> None:
+    def _make_plan(
+        self, profiler: Profiler, errors: dict[tuple[int, int, str], float] | None, joint: JointError | None
+    ) -> None:
         bucket = bucket_of(self._shapes)
         known = self._plans.get(bucket)
         if errors is None and known is not None and covers(known[0], self._shapes):
@@ -241,7 +245,7 @@ class Runtime:
             self._plans[bucket], self.plan = (self._shapes, resumed), resumed
             self._snapshot = Snapshot.from_dict(state["snapshot"]) if state and state["snapshot"] else snapshot
             return
-        plan = self._planning.make(built, len(self.history) + 1, reason)
+        plan = self._planning.make(built, len(self.history) + 1, reason, joint)
         if known is not None and not worth_adopting(known[1], plan, self.config.error_budget):
             return
         self._snapshot = snapshot
