@@ -37,9 +37,21 @@ SHORT: dict[str, dict[str, str]] = {
         "adacc-0.5": "**Adacc**, budget 0.5",
         "adacc-0.5-exact": "**Adacc**, budget 0.5, no compression",
         "adacc-0.3": "**Adacc**, budget 0.3",
-    }
+    },
+    "yggdrasil": {
+        "plain": "plain `generate`",
+        "prompt-lookup": "transformers' prompt lookup",
+        "assisted": "transformers' assisted generation",
+        "best-chain": "chain of drafted tokens, best length",
+        "sequoia": "static tree (Sequoia), best shape",
+        "level-beam": "level beam (EAGLE-2), best shape",
+        "yggdrasil": '**Yggdrasil**, `tree="auto"`',
+    },
 }
 """Variants of a short table, in order, and what a reader is told; a benchmark that is not here shows all of them."""
+
+OF_TOKENS = ("yggdrasil",)
+"""Benchmarks of generation: their short table tells tokens a second."""
 
 
 def pages() -> list[Path]:
@@ -75,13 +87,17 @@ def render(name: str, rows: Sequence[Row], *, full: bool, runs: Sequence[str] | 
     """
     mine = [row for row in rows if row["benchmark"] == name and row["quick"] != "1"]
     if runs is None:
-        runs = list({row["device"]: row["run"] for row in mine}.values())
+        key = ("device", "case") if full else ("device",)
+        runs = sorted({tuple(row[k] for k in key): row["run"] for row in mine}.values())
     parts = []
     for run in dict.fromkeys(runs):
         its = [row for row in mine if row["run"] == run]
         for case in dict.fromkeys(row["case"] for row in its):
             of_case = [row for row in its if row["case"] == case]
-            parts.append(_full(of_case) if full else _short(name, of_case))
+            if full:
+                parts.append(_full(of_case))
+            else:
+                parts.append(_generation(of_case) if name in OF_TOKENS else _short(name, of_case))
     return "\n\n".join(parts) or NOTHING
 
 
@@ -91,7 +107,7 @@ def _full(rows: Sequence[Row]) -> str:
 
 
 def _short(name: str, rows: Sequence[Row]) -> str:
-    first, by_variant = rows[0], {row["variant"]: row for row in rows}
+    by_variant = {row["variant"]: row for row in rows}
     labels = SHORT.get(name) or {variant: variant for variant in by_variant}
     plain = by_variant.get("plain", {}).get("peak_bytes")
     lines = ["| | time of forward and backward | of plain | activation peak | of plain |", "|---|---|---|---|---|"]
@@ -109,7 +125,27 @@ def _short(name: str, rows: Sequence[Row]) -> str:
             share = f"{float(row['peak_bytes']) / float(plain):.0%}" if plain else ""
         time = seconds(row["p50_s"])
         lines.append(f"| {label} | {time} | {'' if ratio is None else f'{ratio:.0%}'} | {peak} | {share} |")
-    repeats = max(int(row["repeats"]) for row in rows)
+    return _framed(rows, lines)
+
+
+def _generation(rows: Sequence[Row]) -> str:
+    by_variant = {row["variant"]: row for row in rows}
+    lines = ["| | tokens a second | speed, plain is 1 | tokens a pass of the model |", "|---|---|---|---|"]
+    for variant, label in SHORT["yggdrasil"].items():
+        row = by_variant.get(variant)
+        if row is None:
+            continue
+        if not row["p50_s"]:
+            lines.append(f"| {label} | {row['status'].replace('|', '/')} | | |")
+            continue
+        metrics, ratio = json.loads(row["metrics"]), json.loads(row["ratios"] or "{}").get("plain", 1.0)
+        per_step = f"{metrics['per_step']:.2f}" if "per_step" in metrics else ""
+        lines.append(f"| {label} | {metrics['tokens_per_s']:.1f} | {1 / ratio:.2f} | {per_step} |")
+    return _framed(rows, lines)
+
+
+def _framed(rows: Sequence[Row], lines: Sequence[str]) -> str:
+    first, repeats = rows[0], max(int(row["repeats"]) for row in rows)
     where = f"{first['hardware']}, torch {first['torch']}, {first['date']}, revision {first['revision']}"
     return f"{first['case']}:\n\n" + "\n".join(lines) + f"\n\n<sub>{where}, {repeats} repeats, run {first['run']}</sub>"
 
