@@ -103,7 +103,7 @@ class Ladder:
         ]
         if model:
             ladder.append(("assisted", {"": lambda: (self._hugging_face(assistant_model=draft), None)}))
-        ladder.append(("best-chain", {f"K={k}": self._fixed(1, k) for k in self._few((1, 2, 3, 4, 6, 8))}))
+        ladder.append(("best-chain", {f"K={k}": self._fixed(1, k) for k in self._few((1, 2, 3, 4, 6))}))
         if model:
             ladder.append(("sequoia", {f"{n} nodes, depth {d}": self._sequoia(n, d) for n, d in self._few(STATIC)}))
             ladder.append(("level-beam", {f"{w}x{d}, {v} nodes": self._beam(w, d, v) for w, d, v in self._few(BEAMS)}))
@@ -205,10 +205,11 @@ class Ladder:
         return self._rates
 
 
-STATIC = ((4, 2), (8, 3), (8, 5), (16, 4), (16, 6), (32, 6))
-BEAMS = ((2, 3, 6), (2, 5, 8), (4, 4, 8), (4, 5, 16), (8, 5, 24))
-TREES = ((2, 2), (2, 3), (2, 5), (4, 3), (4, 5), (8, 4))
-PRUNED = ((2, 5, 6), (2, 5, 8), (4, 3, 8), (4, 5, 8), (4, 5, 12), (8, 5, 24))
+STATIC = ((4, 3), (8, 4), (8, 6), (16, 6))
+BEAMS = ((2, 3, 6), (2, 5, 8), (4, 5, 8), (4, 5, 16))
+TREES = ((2, 3), (2, 5), (4, 4))
+PRUNED = ((2, 4, 6), (2, 6, 8), (4, 5, 8), (4, 5, 12))
+"""Settings that are swept."""
 
 
 class Way:
