@@ -16,6 +16,7 @@ all sizes follow from shapes, so calls can be recorded in a CUDA graph. Not yet 
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2E = 1.4426950408889634
+LOG2E = math.log2(math.e)
+_LOG2E = tl.constexpr(LOG2E)
 PROGRAMS_PER_SM = 2
 """Enough to hide the latency of one program behind another; more splits only write more partial results."""
 MAX_SPLITS = 128
@@ -92,8 +94,10 @@ def split_kernel(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    for i in range(begin, end):
-        slot = (split + i * splits) * BLOCK_N + at_n
+    # Counted from zero: of a loop that starts at a reduced value the compiler (3.9) knows no alignment, and then loads
+    # keys and values element by element, without stages.
+    for i in range(end - begin):
+        slot = (split + (begin + i) * splits) * BLOCK_N + at_n
         live = slot < slots
         far = slot.to(tl.int64)
         seen = tl.load(mask_row + slot[None, :] * m_c, mask=live_row[:, None] & live[None, :], other=0) != 0
@@ -115,7 +119,7 @@ def split_kernel(
     if ONE_SPLIT:
         base = tl.where(top == float("-inf"), 0.0, top)
         if HAS_SINKS:
-            sink = tl.load(sink_ptr + query_head, mask=live_row, other=0.0).to(tl.float32) * LOG2E
+            sink = tl.load(sink_ptr + query_head, mask=live_row, other=0.0).to(tl.float32) * _LOG2E
             joint = tl.maximum(base, sink)
             shrink = tl.exp2(base - joint)
             acc, total = acc * shrink[:, None], total * shrink + tl.exp2(sink - joint)
@@ -154,7 +158,7 @@ def merge_kernel(
     base = tl.where(top == float("-inf"), 0.0, top)
     extra = 0.0
     if HAS_SINKS:
-        sink = tl.load(sink_ptr + query_head).to(tl.float32) * LOG2E
+        sink = tl.load(sink_ptr + query_head).to(tl.float32) * _LOG2E
         base = tl.maximum(base, sink)
         extra = tl.exp2(sink - base)
     total = tl.sum(tl.load(sum_ptr + at, mask=split < splits, other=0.0) * tl.exp2(tops - base), 0) + extra
@@ -185,18 +189,19 @@ class Blocks(NamedTuple):
 
 
 def choose_blocks(rows: int, head: int, value: int, itemsize: int) -> Blocks:
-    """Tile sizes: keys and values of one stage take about 32 KiB, so that two or three stages fit on Ampere.
+    """Tile sizes: keys and values of one stage take 16 or 32 KiB where they can, so that three stages fit on Ampere.
 
     Args:
         rows: queries x heads of a group. head, value: head sizes. itemsize: bytes of an element.
     """
     block_h, block_v = (max(16, triton.next_power_of_2(size)) for size in (head, value))
-    stage = 1 << (32768 // ((block_h + block_v) * itemsize)).bit_length() - 1
-    block_n = min(128, max(16, stage))
-    widest = 64 if (block_h + block_v) * itemsize <= 1024 else 32 if block_v <= 256 else 16
+    slot_bytes = (block_h + block_v) * itemsize
+    # Products in float32 run without tensor cores from registers, which larger tiles would spill (so says cuobjdump).
+    stage, widest = (16384, 16) if itemsize == 4 else (32768, 64 if slot_bytes <= 1024 else 16)
+    block_n = min(128, max(16, 1 << (max(stage // slot_bytes, 1).bit_length() - 1)))
     block_m = min(widest, max(16, triton.next_power_of_2(rows)))  # tl.dot takes 16 rows or more
-    many = block_m * max(block_n, block_v) > 64 * 64
-    return Blocks(block_m, block_n, block_h, block_v, 8 if many else 4, 3 if stage >= 32 else 2)
+    num_warps = 8 if block_m * max(block_n, block_v) > 16 * 128 else 4
+    return Blocks(block_m, block_n, block_h, block_v, num_warps, 3 if block_n * slot_bytes <= 32768 else 2)
 
 
 def choose_splits(programs: int, blocks: int, processors: int) -> int:
@@ -262,3 +267,23 @@ def launch(
                 HAS_SINKS=sinks is not None, num_warps=4,
             )  # fmt: skip
     return out.transpose(1, 2)
+
+
+@torch.library.custom_op("ygglight::tree_attention", mutates_args=())
+def operator(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """:func:`launch` as an operator that torch.compile does not look into."""
+    return launch(query, key, value, mask, scale, softcap, sinks)
+
+
+@operator.register_fake
+def _shape_of_result(query, key, value, mask, scale, softcap=None, sinks=None):
+    batch, heads, width, _ = query.shape
+    return query.new_empty(batch, width, heads, value.shape[-1]).transpose(1, 2)
