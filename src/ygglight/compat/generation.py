@@ -139,7 +139,7 @@ def padded_rows(input_ids: Tensor, texts: list[list[int]], config: Any) -> Tenso
     pad = config._pad_token_tensor
     fill = int(pad.flatten()[0]) if pad is not None else 0
     rows = [text + [fill] * (longest - len(text)) for text in texts]
-    return torch.cat([input_ids, torch.tensor(rows, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
+    return torch.cat([input_ids, torch.tensor(rows, device=input_ids.device)], dim=1)  # int64, as its loop gives
 
 
 def wrap_output(sequences: Tensor, config: Any) -> Any:

@@ -34,7 +34,7 @@ class DecodeLogData(L.LightningDataModule):
         if len(prompts) < 2:
             raise ValueError(f"{path} holds one prompt, and validation needs others: log more")
         order = prompts[torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))]
-        self._held_out = order[: max(1, round(val_fraction * len(prompts)))]
+        self._held_out = order[: min(len(prompts) - 1, max(1, round(val_fraction * len(prompts))))]
 
     @property
     def hidden_size(self) -> int:

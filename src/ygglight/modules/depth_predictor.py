@@ -15,12 +15,15 @@ __all__ = ["DepthPredictorModule"]
 
 log = logging.getLogger(__name__)
 
+PAYS = 1.02
+"""Least gain that counts: what the objective asks of a tree, too; less may be chance in a small log."""
+
 
 class DepthPredictorModule(L.LightningModule):
     """Learns how deep the draft will be right from the target's last hidden state.
 
     The size of the predictor comes from the log. Validation compares it with the best constant depth in tokens per
-    cost, and logs ``val_gain``: above 1 the predictor pays, else the final message says that it does not.
+    cost, and logs ``val_gain``: well above 1 the predictor pays, else the final message says that it does not.
 
     Args:
         output: Folder for the fitted predictor.
@@ -91,9 +94,11 @@ class DepthPredictorModule(L.LightningModule):
 
     def on_fit_end(self) -> None:
         """Write the predictor, and say whether it pays."""
+        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         self._model().save(self.hparams["output"])
         if self.gain is not None:
-            verdict = "it pays" if self.gain > 1 else "no gain: leave it out"
+            verdict = "it pays" if self.gain > PAYS else "no gain: leave it out"
             log.warning(
                 "depth predictor in %s: %.3f times the tokens per cost of the best constant depth; %s",
                 self.hparams["output"], self.gain, verdict,

@@ -159,7 +159,8 @@ class DistilledDraft(L.LightningModule):
     # -- the result ----------------------------------------------------------------------------------------------
     def configure_callbacks(self) -> list[L.Callback]:
         """Lightning tells callbacks of an exception, but not the module."""
-        return [_Rescue()]
+        there = any(isinstance(callback, _Rescue) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [] if there else [_Rescue()]
 
     def on_fit_end(self) -> None:
         """Write the draft."""

@@ -26,7 +26,9 @@ def measure_widths(
 
     Args:
         run: does the work; on CUDA it may return before the work is done. widths: ascending. device: where it works.
-        budget_seconds: to spend in all. give_up: widths that take more than so many times the first are left out.
+        budget_seconds: to spend in all. give_up: the first width that takes more than so many times the first ends the
+            table: it stays in, or what lies beyond would be thought as cheap as what lies before, and wider ones are
+            left out.
 
     Returns:
         Width -> seconds; the first width is always there.

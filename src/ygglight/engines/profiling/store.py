@@ -73,9 +73,13 @@ def remember(key: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "w") as file:
-            json.dump({"key": key, "measured": measured}, file)
-        os.replace(temporary, path)
+        try:
+            with os.fdopen(handle, "w") as file:
+                json.dump({"key": key, "measured": measured}, file)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
     except OSError as error:
         log.warning("latencies cannot be kept in %s (%s)", path.parent, error.strerror)
     return measured

@@ -13,6 +13,7 @@ from torch import Tensor
 
 SHARD = 2048
 """Rows a file."""
+NUMBERS = ("accepted", "drafted", "prompt")
 
 
 class DecodeLog:
@@ -26,6 +27,7 @@ class DecodeLog:
         self.directory = Path(directory).expanduser()
         self.directory.mkdir(parents=True, exist_ok=True)
         self._rows: list[tuple[Tensor, int, int, int]] = []
+        self._run, self._written = uuid.uuid4().hex, 0
 
     def append(self, hidden: Tensor, accepted: int, drafted: int, prompt: int) -> None:
         """Add a row.
@@ -44,18 +46,22 @@ class DecodeLog:
             return
         hidden, *numbers = zip(*self._rows, strict=True)
         tensors = {"hidden": torch.stack(hidden)}
-        tensors |= {k: torch.tensor(v) for k, v in zip(("accepted", "drafted", "prompt"), numbers, strict=True)}
-        name = uuid.uuid4().hex
+        tensors |= {k: torch.tensor(v) for k, v in zip(NUMBERS, numbers, strict=True)}
+        # Files of one log share the beginning of their names: a prompt may go on in the next file.
+        name = f"{self._run}-{self._written:06d}"
         unfinished = self.directory / f".{name}.tmp"
-        save_file(tensors, unfinished)
-        os.replace(unfinished, self.directory / f"{name}.safetensors")
-        self._rows = []
+        try:
+            save_file(tensors, unfinished)
+            os.replace(unfinished, self.directory / f"{name}.safetensors")
+        finally:
+            unfinished.unlink(missing_ok=True)
+        self._rows, self._written = [], self._written + 1
 
 
 def read_log(directory: str | Path) -> dict[str, Tensor]:
     """All rows of a folder: hidden float32 ``[N, H]``; accepted, drafted, prompt int64 ``[N]``.
 
-    Prompts of different files are told apart.
+    Prompts of different runs are told apart.
 
     Raises:
         FileNotFoundError: there are none; the text says how to write some. ValueError: files do not belong together.
@@ -66,14 +72,19 @@ def read_log(directory: str | Path) -> dict[str, Tensor]:
         raise FileNotFoundError(
             f"{folder} holds no decode log: predict once with YggdrasilStrategy(log={str(directory)!r}, draft=...)"
         )
-    shards, offset = [], 0
+    shards: list[dict[str, Tensor]] = []
+    run, offset, following = "", 0, 0
     for file in files:
         try:
             shard = load_file(file)
         except SafetensorError as error:
             raise ValueError(f"{file} cannot be read ({error}): delete it") from error
+        if set(shard) != {"hidden", *NUMBERS}:
+            raise ValueError(f"{file} is no decode log: keep other files out of the folder")
+        if file.stem.partition("-")[0] != run:
+            run, offset = file.stem.partition("-")[0], following
         shard["prompt"] = shard["prompt"] + offset
-        offset = int(shard["prompt"].max()) + 1
+        following = max(following, int(shard["prompt"].max()) + 1)
         shards.append(shard)
     sizes = {shard["hidden"].shape[1] for shard in shards}
     if len(sizes) > 1:

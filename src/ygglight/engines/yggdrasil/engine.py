@@ -49,6 +49,7 @@ class Engine:
         self.predictor: DepthPredictor | None = None
         if config.predictor is not None:
             self.predictor = DepthPredictor.load(config.predictor).to(self.device)
+            self.predictor.check(int(model.config.get_text_config(decoder=True).hidden_size), config.predictor)
         self.selectors: dict[tuple[Any, ...], Selector] = {}
         self.decoder: Decoder | None = None
         self._plans = PlanTrial(config.fixed_plan(), self.device, of_model=self.draft.needs_model)

@@ -94,7 +94,7 @@ class TreeGenerate:
             model, input_ids, logits_processor, generation_config, synced_gpus, streamer, model_kwargs
         )
         if reason is not None:
-            self._fall_back(reason, len(input_ids))
+            self._fall_back(reason, len(input_ids) // max(1, generation_config.num_beams))  # a row a beam
             extra = {} if streamer is None else {"streamer": streamer}
             return hugging_face_loop(
                 model, input_ids, logits_processor, stopping_criteria, generation_config,

@@ -59,9 +59,24 @@ class DepthPredictor(nn.Module):
         each = nn.functional.binary_cross_entropy_with_logits(self(hidden), went_on, reduction="none")
         return (each * tried).sum() / tried.sum().clamp_min(1)
 
+    def check(self, hidden_size: int, name: str = "") -> None:
+        """Raise if this was fitted to another model.
+
+        Args:
+            hidden_size: of the target. name: of the predictor, for the message.
+
+        Raises:
+            ValueError: its hidden states have another size.
+        """
+        if hidden_size != self.hidden_size:
+            raise ValueError(
+                f"the depth predictor {name!r} was fitted to a model of hidden size {self.hidden_size}, and this one's "
+                f"is {hidden_size}: fit one to a log of this model (recipe yggdrasil/fit_depth_predictor.yaml)"
+            )
+
     def save(self, directory: str | Path) -> None:
         """Write weights and shape to a folder, made if it is not there."""
-        folder = Path(directory)
+        folder = Path(directory).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous().cpu() for k, v in self.state_dict().items()}, folder / FILE)
         shape = {"hidden_size": self.hidden_size, "max_depth": self.max_depth, "width": self.width}
@@ -74,7 +89,7 @@ class DepthPredictor(nn.Module):
         Raises:
             FileNotFoundError: there is no predictor there; the text says how to make one.
         """
-        folder = Path(directory)
+        folder = Path(directory).expanduser()
         if not (folder / SHAPE).is_file():
             raise FileNotFoundError(
                 f"{folder} holds no depth predictor: fit one with the recipe yggdrasil/fit_depth_predictor.yaml"
