@@ -62,11 +62,11 @@ def gradients(model: Model, batch: Tensor, runtime: Runtime | None = None) -> Te
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def planned(model: Model, batch: Tensor, monkeypatch: pytest.MonkeyPatch) -> Runtime:
+def planned(model: Model, batch: Tensor, monkeypatch: pytest.MonkeyPatch, budget: float = 0.5) -> Runtime:
     """Codecs free, running again dear: as much compression as the error bound lets through."""
     monkeypatch.setattr(build, "codec_seconds", lambda *_: 0.0)
     monkeypatch.setattr(build, "REPLAY_OVERHEAD", 1.0)
-    runtime = Runtime(model, AdaccConfig(0.5), torch.device("cpu"))
+    runtime = Runtime(model, AdaccConfig(budget), torch.device("cpu"))
     runtime.attach()
     gradients(model, batch, runtime)
     return runtime
@@ -95,12 +95,14 @@ def test_the_whole_gradient_stays_within_its_bound_where_per_tensor_int4_does_no
 
 
 def test_the_measured_codec_error_predicts_the_real_one(batch: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a budget where little is replayed from decoded tensors; where much is, what is measured is several times the
+    real error (docs, "What did not reproduce")."""
     model = Model()
     exact = gradients(model, batch)
-    runtime = planned(model, batch, monkeypatch)
+    runtime = planned(model, batch, monkeypatch, budget=0.7)
     assert runtime.plan is not None
     error = float((gradients(model, batch, runtime) - exact).norm() / exact.norm())
-    assert 0.3 < error / runtime.plan.gradient_error < 1.5
+    assert 0.8 < error / runtime.plan.gradient_error < 1.25
 
 
 def test_queries_keys_parameters_and_statistics_are_never_offered_a_lossy_codec(

@@ -145,13 +145,14 @@ def test_compressed_runs_end_where_plain_ones_do_and_a_bad_codec_shows(text: Ten
         for name in ("plain", "adacc", "bad"):
             torch.manual_seed(seed)
             model = ByteLM()
-            runtime = managed(model) if name == "adacc" else None
+            # At this budget codecs alone do it: a third of the saved bytes are compressed, nothing is run again.
+            runtime = managed(model, memory_budget=0.8) if name == "adacc" else None
             step = {"plain": plain_step, "bad": bad_step}.get(name) or adacc_step(runtime)  # type: ignore[arg-type]
             ends[name] = ending(train(text, seed, step, model, STEPS))
             if runtime is not None:
                 assert runtime.plan is not None
                 shares = runtime.plan.saved_bytes
-                assert shares["compress"] > 0.1 * sum(shares.values()), "hardly anything was compressed"
+                assert shares["compress"] > 0.2 * sum(shares.values()), "hardly anything was compressed"
                 assert 0 < runtime.plan.profile.error <= 0.03**2
         ours.append(ends["adacc"] - ends["plain"])
         bad.append(ends["bad"] - ends["plain"])

@@ -8,15 +8,21 @@ pytest.importorskip("triton")
 
 POINTER = {"bfloat16": ("*bf16", 2), "float16": ("*fp16", 2), "float32": ("*fp32", 4)}
 SLOTS = 4096
-# dtype, rows, head size, softcap, sinks, one split
+# dtype, rows, head size, softcap, sinks, one split, slots of a page (0: no block table)
 CASES = [
-    ("bfloat16", 4, 128, False, False, False),
-    ("bfloat16", 256, 128, False, False, False),
-    ("bfloat16", 32, 80, False, False, True),
-    ("bfloat16", 64, 256, True, False, False),
-    ("bfloat16", 4, 512, False, False, False),
-    ("float16", 64, 64, True, True, True),
-    ("float32", 24, 128, False, True, False),
+    ("bfloat16", 4, 128, False, False, False, 0),
+    ("bfloat16", 256, 128, False, False, False, 0),
+    ("bfloat16", 32, 80, False, False, True, 0),
+    ("bfloat16", 64, 256, True, False, False, 0),
+    ("bfloat16", 4, 512, False, False, False, 0),
+    ("float16", 64, 64, True, True, True, 0),
+    ("float32", 24, 128, False, True, False, 0),
+    ("bfloat16", 4, 128, False, False, False, 16),
+    ("bfloat16", 32, 80, False, False, True, 64),
+    ("bfloat16", 64, 256, True, False, False, 16),
+    ("float16", 3, 64, False, False, False, 256),
+    ("float16", 64, 64, True, True, True, 16),
+    ("float32", 24, 128, False, True, False, 16),
 ]
 
 
@@ -33,21 +39,24 @@ def check(compiled, target):
 def test_split_kernel_compiles(case, target):
     from ygglight.kernels.tree_attention import triton as kernels
 
-    dtype, rows, head, softcap, sinks, one_split = case
+    dtype, rows, head, softcap, sinks, one_split, page = case
     pointer, itemsize = POINTER[dtype]
     block = kernels.choose_blocks(rows, head, head, itemsize)
     assert block.rows >= 16 and block.slots >= 16
-    # Strides as constants, since a launch would know those of a cache to be multiples of 16.
+    # Strides as constants, since a launch would know those of a cache to be multiples of 16, as those of an arena.
     layout = {"q_b": 32 * head, "q_h": head, "q_w": 32 * head, "q_d": 1, "m_b": 0, "m_w": SLOTS, "m_c": 1}
     for name in ("k", "v"):
-        layout |= {f"{name}_b": 8 * SLOTS * head, f"{name}_h": SLOTS * head, f"{name}_c": head, f"{name}_d": 1}
+        between, slots = (32 * 2 * 8 * page * head, page) if page else (8 * SLOTS * head, SLOTS)
+        layout |= {f"{name}_b": between, f"{name}_h": slots * head, f"{name}_c": head, f"{name}_d": 1}
+    layout |= {"t_n": 1} if page else {"table_ptr": None, "t_b": None, "t_n": None}
     signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), pointer)
     signature |= {"mask_ptr": "*u8", "sink_ptr": "*bf16", "inner": "fp32", "outer": "fp32"}
+    signature |= {"table_ptr": "*i64" if page > block.slots else "*i32"}
     signature |= dict.fromkeys(("acc_ptr", "max_ptr", "sum_ptr"), "*fp32")
-    signature |= dict.fromkeys(("key_heads", "width", "rows", "slots", "splits"), "i32")
+    signature |= dict.fromkeys(("t_b", "key_heads", "width", "rows", "slots", "splits"), "i32")
     constants = {
         "HEAD": head, "VALUE": head, "BLOCK_H": block.head, "BLOCK_V": block.value, "BLOCK_M": block.rows,
-        "BLOCK_N": block.slots, "HAS_SOFTCAP": softcap, "HAS_SINKS": sinks, "ONE_SPLIT": one_split,
+        "BLOCK_N": block.slots, "PAGE": page, "HAS_SOFTCAP": softcap, "HAS_SINKS": sinks, "ONE_SPLIT": one_split,
     }  # fmt: skip
     options = {"num_warps": block.num_warps, "num_stages": block.num_stages}
     compiled = compile_ahead(kernels.split_kernel, signature, layout | constants, target, **options)

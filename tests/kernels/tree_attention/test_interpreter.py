@@ -22,4 +22,4 @@ def test_kernels_agree_with_the_twin():
     assert run.returncode == 0, run.stderr[-3000:]
     lines = [line for line in run.stdout.splitlines() if line]
     assert [line for line in lines if not line.startswith("ok ")] == []
-    assert len(lines) == 5 * (5 + 2) + 2, run.stdout
+    assert len(lines) == 5 * (5 + 2) + (5 + 1) + 3, run.stdout
