@@ -1,8 +1,9 @@
 """Tree attention: W queries under a tree mask over a static KV cache, against sdpa and the plain products.
 
 ``bandwidth`` is the bytes that must be read (keys and values of the slots in use, once) over the time; on CUDA
-``bandwidth_share`` is that over the bandwidth of a copy of the same keys and values, timed in the same rounds. The cache
-is three quarters full, as static caches are: what reads all slots reads a third more.
+``bandwidth_share`` is that over the bandwidth of a copy of the same keys and values, timed in the same rounds. The
+cache is three quarters full, as static caches are: what reads all slots reads a third more. ``paged`` is ``ours`` with
+the same keys and values in pages of 16 slots, in random order in an arena.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from benchmarks.harness import BadInput, Goal, Incorrect, Options, Report, Varia
 from ygglight.kernels import _dispatch
 from ygglight.kernels.testing import rms_ratio
 from ygglight.kernels.tree_attention import tree_attention, tree_attention_reference
+from ygglight.kernels.tree_attention.testing import into_pages
 
 WIDTHS = (1, 8, 32, 64)
 COLUMNS = ("bandwidth_GB_per_s", "bandwidth_share", "rms_error")
+PAGE = 16
+"""Slots of a page, as of a paged decoder's."""
 RATIO = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 """Largest error against float64, of the output's rms; `eager` in 16 bits may miss it, for it rounds its scores."""
 
@@ -60,6 +64,7 @@ def run(options: Options) -> list[Report]:
     if options.size and options.size not in SIZES:
         raise BadInput(f"size {options.size!r}: there are {', '.join(SIZES)}")
     names = (options.size,) if options.size else DEFAULTS[options.device, options.quick]
+    dtypes: tuple[torch.dtype, ...]
     dtypes = (torch.float32, torch.bfloat16) if options.device == "cpu" else (torch.bfloat16, torch.float16)
     dtypes = dtypes[-1:] if options.quick and options.device == "cpu" else dtypes
     return [_run(name, dtype, width, options) for name in names for dtype in dtypes for width in WIDTHS]
@@ -84,6 +89,10 @@ def _run(name: str, dtype: torch.dtype, width: int, options: Options) -> Report:
     if ours is not None and sdpa is not None and ours.ok and sdpa.ok:
         ratio = paired_ratio(ours.seconds, sdpa.seconds)
         report.goals.append(Goal(f"no slower than sdpa ({ratio:.2f} of its time)", ratio <= 1.05))
+    paged = report.get("paged")
+    if options.device == "cuda" and ours is not None and paged is not None and ours.ok and paged.ok:
+        ratio = paired_ratio(paged.seconds, ours.seconds)
+        report.goals.append(Goal(f"pages cost at most a tenth ({ratio:.2f} of the time without)", ratio <= 1.1))
     return report
 
 
@@ -130,15 +139,19 @@ def _variants(size: Size, dtype: torch.dtype, width: int, options: Options) -> I
     both = torch.stack([key[:, :, :used], value[:, :, :used]])
     target = torch.empty_like(both)
     yield Variant("copy", partial(target.copy_, both), lambda: {"moved_bytes": 2 * moved}, inner=inner)
-    ways: dict[str, Callable[..., Tensor]] = {"sdpa": _sdpa, "eager": _eager, "ours": tree_attention}
-    for name, way in ways.items():
-        call = partial(way, *inputs, scale)
+    key_pages, value_pages, page_mask, table = into_pages(key, value, mask, PAGE)
+    calls: dict[str, Callable[[], Tensor]] = {
+        "sdpa": partial(_sdpa, *inputs, scale),
+        "eager": partial(_eager, *inputs, scale),
+        "ours": partial(tree_attention, *inputs, scale),
+        "paged": partial(tree_attention, query, key_pages, value_pages, page_mask, scale, table=table),
+    }
+    for name, call in calls.items():
         yield Variant(name, call, partial(_check, name, call, expected, dtype, moved), inner=inner)
     if options.device == "cuda":  # eager launches hide what decoding in graphs sees
-        for name, way in ways.items():
-            graph = _record(partial(way, *inputs, scale))
-            check = partial(_check, name, partial(way, *inputs, scale), expected, dtype, moved)
-            yield Variant(f"{name}-graph", graph.replay, check, inner=inner)
+        for name, call in calls.items():
+            check = partial(_check, name, call, expected, dtype, moved)
+            yield Variant(f"{name}-graph", _record(call).replay, check, inner=inner)
 
 
 def _record(call: Callable[[], Tensor]) -> torch.cuda.CUDAGraph:

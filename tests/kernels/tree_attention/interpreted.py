@@ -96,7 +96,7 @@ def why_paged_wrong(
 
 
 def why_far_wrong() -> str:
-    """Pages 2**30 elements apart: an offset of 32 bits would be negative. Untouched, the 4 GiB are address space alone."""
+    """Pages 2**30 elements apart: offsets of 32 bits would be negative. Untouched, 4 GiB are address space alone."""
     query, key, value, mask = sample((1, 4, 2, 1, 64, 64, 32), torch.float16)
     stride = 2**30
     arena = torch.empty(2 * stride + 2 * key.numel(), dtype=torch.float16)

@@ -7,6 +7,7 @@ import torch
 
 from ygglight.kernels.testing import rms_ratio
 from ygglight.kernels.tree_attention import tree_attention, tree_attention_reference
+from ygglight.kernels.tree_attention.testing import into_pages
 
 pytestmark = pytest.mark.gpu
 
@@ -49,6 +50,52 @@ def test_same_as_the_twin(shape, dtype):
         assert rms_ratio(rolled.cpu(), expected) > 10 * RATIO[dtype]
 
 
+@pytest.mark.parametrize("dtype", list(RATIO), ids=str)
+@pytest.mark.parametrize(("page", "kind"), [(16, torch.int32), (256, torch.int64)])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_pages_like_the_twin(shape, page, kind, dtype):
+    (query, key, value, mask), scale = sample(shape, dtype), shape[4] ** -0.5
+    mask[-1, ..., : shape[5] // 3] = False  # a sliding window
+    *paged, table = into_pages(key, value, mask, page, dtype=kind)
+    actual = tree_attention(query, *paged, scale, table=table)
+    expected = expected_of((query, key, value, mask), scale)
+    assert rms_ratio(actual.cpu(), expected) <= RATIO[dtype]
+    assert torch.equal(actual, tree_attention(query, *paged, scale, table=table))
+    wrong = tree_attention(query, *paged, scale, table=table.flip(1))
+    assert not rms_ratio(wrong.cpu(), expected) <= 10 * RATIO[dtype]
+
+
+def test_pages_far_apart():
+    """More than 2**31 elements from the first page to the last."""
+    query, key, value, mask = sample((1, 8, 2, 1, 64, 32), torch.bfloat16, used=1.0)
+    arena = torch.empty(2 * 2**30 + 2 * key.numel(), device="cuda", dtype=torch.bfloat16)
+    views = [arena.as_strided((3, 2, 16, 64), (2**30, 1024, 64, 1), at) for at in (0, 2048)]
+    for view, dense in zip(views, (key, value), strict=True):
+        view[2], view[0] = dense[0, :, :16], dense[0, :, 16:]
+    table = torch.tensor([[2, 0]], device="cuda")
+    actual = tree_attention(query, *views, mask, 0.125, table=table)
+    assert rms_ratio(actual.cpu(), expected_of((query, key, value, mask), 0.125)) <= RATIO[torch.bfloat16]
+
+
+def test_a_replayed_graph_follows_its_block_table():
+    shape, scale = (4, 32, 8, 1, 128, 1024), 128**-0.5
+    query, key, value, mask = sample(shape, torch.bfloat16)
+    tables = [into_pages(key, value, mask, 16, seed) for seed in (0, 1)]
+    *static, table = (tensor.clone() for tensor in tables[0])
+    tree_attention(query, *static, scale, table=table)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = tree_attention(query, *static, scale, table=table)
+    expected = expected_of((query, key, value, mask), scale)
+    for fresh in reversed(tables):
+        for buffer, tensor in zip((*static, table), fresh, strict=True):
+            buffer.copy_(tensor)
+        output.zero_()
+        graph.replay()
+        assert rms_ratio(output.cpu(), expected) <= RATIO[torch.bfloat16]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
 def test_a_replayed_graph_follows_its_inputs(shape, dtype):
@@ -73,8 +120,11 @@ def test_a_replayed_graph_follows_its_inputs(shape, dtype):
 def test_nothing_waits_for_the_device():
     inputs = sample(SHAPES[0], torch.bfloat16)
     tree_attention(*inputs, 0.1)
+    *paged, table = into_pages(*inputs[1:], 16)
+    tree_attention(inputs[0], *paged, 0.1, table=table)
     torch.cuda.set_sync_debug_mode("error")
     try:
         tree_attention(*inputs, 0.1)
+        tree_attention(inputs[0], *paged, 0.1, table=table)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ygglight.kernels.testing import assert_close, rms_ratio
 from ygglight.kernels.tree_attention import reference, tree_attention, tree_attention_reference
+from ygglight.kernels.tree_attention.testing import into_pages
 
 # Of the output's rms. Measured: 2e-7, 3e-4 and 2.3e-3; one rounding of the result is half a unit in the last place.
 RATIO = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
@@ -133,6 +134,50 @@ def test_same_bits_each_run():
         assert all(torch.equal(first, tree_attention(*inputs, 0.125)) for _ in range(3))
 
 
+@pytest.mark.parametrize("dtype", list(RATIO), ids=str)
+@pytest.mark.parametrize(("width", "page"), [(1, 16), (5, 1), (40, 32)])
+def test_pages_against_the_oracle(dtype, width, page):
+    """Texts of several lengths, one within a sliding window; what the pages hold around them is NaN."""
+    query, key, value, mask = sample(width, 3, 64, dtype, batch=3, slots=133, value=48 if width == 5 else None)
+    mask[1, ..., :70] = False
+    mask[2, ..., 90 - width :] = False
+    *paged, table = into_pages(key, value, mask, page, dtype=torch.int64)
+    assert paged[0].isnan().any() and paged[1].isnan().any()
+    by_sdpa = width == 40 and dtype in (torch.float32, torch.bfloat16)
+    assert reference.prefers_sdpa(query, key, value, None, None) == by_sdpa
+    expected = oracle(query, key, value, mask, 0.125)
+    actual = tree_attention(query, *paged, 0.125, table=table)
+    assert rms_ratio(actual, expected) <= RATIO[dtype]
+    assert torch.equal(actual, tree_attention(query, *paged, 0.125, table=table.int()))
+    sinks = torch.linspace(-2, 2, 6)
+    with_sinks = tree_attention(query, *paged, 0.125, 3.0, sinks, table)
+    assert rms_ratio(with_sinks, oracle(query, key, value, mask, 0.125, 3.0, sinks)) <= RATIO[dtype]
+    # Controls: another sequence's pages, and pages in another order.
+    for other in (table.roll(1, dims=0), table.flip(1)):
+        wrong = tree_attention(query, *paged, 0.125, table=other)
+        assert not rms_ratio(wrong, expected) <= 10 * RATIO[dtype]
+
+
+def test_pages_under_one_mask_for_all_sequences():
+    query, key, value, mask = sample(4, 2, 64, torch.float32, batch=2, shared_mask=True)
+    *paged, table = into_pages(key, value, mask, 8)
+    assert paged[2].shape == (1, 1, 4, 80)
+    assert rms_ratio(tree_attention(query, *paged, 0.1, table=table), oracle(query, key, value, mask, 0.1)) <= 1e-6
+
+
+def test_gathered_pages_are_one_piece_without_what_is_hidden():
+    _, key, value, mask = sample(3, 2, 16, torch.bfloat16, batch=2, value=8)
+    *paged, table = into_pages(key, value, mask, 16)
+    with Conversions() as converted:
+        found = reference.gather_pages(*paged, table)
+    assert converted.largest == 0
+    seen = mask.any(dim=2)[..., None]
+    for gathered, dense in zip(found, (key, value), strict=True):
+        assert gathered.is_contiguous() and gathered.dtype is torch.bfloat16
+        assert gathered.shape == (*dense.shape[:2], 80, dense.shape[3])
+        assert torch.equal(gathered[:, :, :77], dense.where(seen, 0)) and not gathered[:, :, 77:].any()
+
+
 def changed(**changes):
     query, key, value, mask = sample(3, 2, 16, torch.float32, batch=2)
     return {"query": query, "key": key, "value": value, "mask": mask, "scale": 0.25} | changes
@@ -163,7 +208,33 @@ def test_errors_name_the_mend(changes, words):
         tree_attention(**changed(**changes))
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"table": torch.zeros(2, 4)}, "torch.int32 or torch.int64"),
+        ({"table": torch.zeros(4, dtype=torch.int32)}, r"give \[2, pages"),
+        ({"table": torch.zeros(3, 4, dtype=torch.int32)}, r"give \[2, pages"),
+        ({"table": torch.zeros(2, 0, dtype=torch.int32)}, r"give \[2, pages"),
+        ({"table": torch.zeros(2, 5, dtype=torch.int32)}, "80 slots"),
+        ({"table": torch.zeros(2, 4, dtype=torch.int32, device="meta")}, "several devices"),
+        ({"key": torch.zeros(7, 2, 24, 16), "value": torch.zeros(7, 2, 24, 16)}, "power of two"),
+        ({"key": torch.zeros(6, 2, 16, 16)}, "only the head size may differ"),
+        ({"key": torch.zeros(7, 2, 16, 8)}, "same batch and head size"),
+    ],
+)
+def test_errors_of_pages_name_the_mend(changes, words):
+    pages = {"key": torch.zeros(7, 2, 16, 16), "value": torch.zeros(7, 2, 16, 16)}
+    mask, table = torch.ones(2, 1, 3, 64, dtype=torch.bool), torch.zeros(2, 4, dtype=torch.int32)
+    inputs = changed(**pages, mask=mask, table=table)
+    tree_attention(**inputs)
+    with pytest.raises(ValueError, match=words):
+        tree_attention(**inputs | changes)
+
+
 def test_it_compiles_without_a_graph_break():
     inputs = sample(3, 2, 16, torch.float32)
     compiled = torch.compile(tree_attention, backend="eager", fullgraph=True)
     assert torch.equal(compiled(*inputs, 0.25), tree_attention(*inputs, 0.25))
+    *paged, table = into_pages(*inputs[1:], 16)
+    eager = tree_attention(inputs[0], *paged, 0.25, table=table)
+    assert torch.equal(compiled(inputs[0], *paged, 0.25, table=table), eager)

@@ -1,4 +1,4 @@
-"""Attention of a few queries over a static KV cache under any mask: what verifies and grows token trees."""
+"""Attention of a few queries over a static or paged KV cache under any mask: what verifies and grows token trees."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from torch import Tensor
 
 from ygglight.kernels import _dispatch
 from ygglight.kernels.tree_attention.checks import check_inputs
-from ygglight.kernels.tree_attention.reference import prefers_sdpa, tree_attention_reference, tree_attention_sdpa
+from ygglight.kernels.tree_attention.reference import (
+    gather_pages,
+    prefers_sdpa,
+    tree_attention_reference,
+    tree_attention_sdpa,
+)
 
 __all__ = ["MAX_HEAD_SIZE", "tree_attention", "tree_attention_reference"]
 
@@ -30,6 +35,7 @@ def tree_attention(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    table: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention with grouped heads and an arbitrary mask; forward only.
 
@@ -46,6 +52,11 @@ def tree_attention(
         scale: of the scores.
         softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2, arXiv:2408.00118).
         sinks: floating ``[Hq]``, one more logit a head in the denominator (gpt-oss, arXiv:2508.10925).
+        table: int32 or int64 ``[B, N]``, the block table of a paged cache (arXiv:2309.06180). Then ``key`` and
+            ``value`` are pages, ``[P, Hk, PAGE, D]`` and ``[P, Hk, PAGE, Dv]`` with PAGE a power of two (views into one
+            arena, for one), ``mask`` has N * PAGE slots, and slot s of sequence b is slot s % PAGE of page
+            ``table[b, s // PAGE]``. All numbers must be in [0, P), also those of pages that no query attends to: what
+            these hold does not matter, nor do the slots before the first and behind the last that a query attends to.
 
     Returns:
         ``[B, Hq, W, Dv]`` in the dtype of ``query``; its strides are not specified.
@@ -54,14 +65,16 @@ def tree_attention(
         ValueError: shapes, dtypes or devices do not fit, or a gradient would be needed.
         RuntimeError: YGGLIGHT_KERNELS=triton where the kernel cannot run.
     """
-    check_inputs(query, key, value, mask, softcap, sinks)
+    check_inputs(query, key, value, mask, softcap, sinks, table)
     fits = query.dtype is not torch.float64 and max(query.shape[-1], value.shape[-1]) <= MAX_HEAD_SIZE
     if _uses_triton(query.device.type) and fits:
         from ygglight.kernels.tree_attention import triton
 
         # The operator is what torch.compile can take whole; called eagerly it would only cost its dispatch.
         run = triton.operator if torch.compiler.is_compiling() else triton.launch
-        return run(query, key, value, mask, scale, softcap, sinks)
+        return run(query, key, value, mask, scale, softcap, sinks, table)
+    if table is not None:
+        key, value = gather_pages(key, value, mask, table)
     if prefers_sdpa(query, key, value, softcap, sinks):
         return tree_attention_sdpa(query, key, value, mask, scale)
     return tree_attention_reference(query, key, value, mask, scale, softcap, sinks)

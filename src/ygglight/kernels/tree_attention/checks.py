@@ -9,7 +9,13 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_inputs(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, softcap: float | None, sinks: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    softcap: float | None,
+    sinks: Tensor | None,
+    table: Tensor | None = None,
 ) -> None:
     """Checks shapes, dtypes and devices, and reads no data.
 
@@ -26,7 +32,10 @@ def check_inputs(
             raise ValueError(f"{name} is {_shape(tensor)}: give at least one element in each dimension")
     batch, heads, width, size = query.shape
     groups, slots = key.shape[1:3]
-    if key.shape[0] != batch or key.shape[3] != size:
+    if table is not None:
+        _check_table(table, batch, slots)
+        slots *= table.shape[1]
+    if (table is None and key.shape[0] != batch) or key.shape[3] != size:
         raise ValueError(
             f"key {_shape(key)} does not fit query {_shape(query)}: give keys of the same batch and head size"
         )
@@ -48,12 +57,21 @@ def check_inputs(
         raise ValueError(f"softcap is {softcap}: give a number above 0, or None for no cap")
     if sinks is not None and (sinks.shape != (heads,) or not sinks.is_floating_point()):
         raise ValueError(f"sinks are {_shape(sinks)} {sinks.dtype}: give one floating logit a query head, [{heads}]")
-    tensors = [t for t in (query, key, value, mask, sinks) if t is not None]
+    tensors = [t for t in (query, key, value, mask, sinks, table) if t is not None]
     if any(tensor.device != query.device for tensor in tensors):
         places = ", ".join(str(tensor.device) for tensor in tensors)
         raise ValueError(f"tensors are on several devices ({places}): move them to that of the query")
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise ValueError("tree attention has no backward pass: call it under torch.no_grad(), or detach its inputs")
+
+
+def _check_table(table: Tensor, batch: int, page: int) -> None:
+    if table.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"the block table is {table.dtype}: give page numbers as torch.int32 or torch.int64")
+    if table.dim() != 2 or table.shape[0] != batch or not table.numel():
+        raise ValueError(f"the block table is {_shape(table)}: give [{batch}, pages of the longest sequence]")
+    if page & (page - 1):
+        raise ValueError(f"pages of {page} slots: give pages [P, Hk, slots, D] of a power of two of slots")
 
 
 def _shape(tensor: Tensor) -> str:

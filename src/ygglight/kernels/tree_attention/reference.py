@@ -59,6 +59,37 @@ def tree_attention_reference(
     return output.view(batch, heads, width, value.shape[-1]).to(query.dtype)
 
 
+def gather_pages(key: Tensor, value: Tensor, mask: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of each sequence in one piece; slots that no query attends to are zero, whatever the pages hold.
+
+    Args:
+        key: pages ``[P, Hk, PAGE, D]``. value: pages ``[P, Hk, PAGE, Dv]``. mask: bool ``[B or 1, 1, W, N * PAGE]``.
+        table: integers ``[B, N]``.
+
+    Returns:
+        Contiguous ``[B, Hk, N * PAGE, D]`` and ``[B, Hk, N * PAGE, Dv]`` in the dtype of the pages.
+    """
+    hidden = ~mask.any(dim=2).expand(table.shape[0], 1, -1)
+    keys, values = (_in_one_piece(pages, table) for pages in (key, value))
+    if keys.is_cpu and not torch.compiler.is_compiling():  # masked_fill_ on all takes thrice as long as the gathering
+        for number, slots in enumerate(hidden):
+            unread = slots[0].nonzero()[:, 0]
+            keys[number].index_fill_(1, unread, 0)
+            values[number].index_fill_(1, unread, 0)
+        return keys, values
+    return keys.masked_fill_(hidden[..., None], 0), values.masked_fill_(hidden[..., None], 0)
+
+
+def _in_one_piece(pages: Tensor, table: Tensor) -> Tensor:
+    # One index_select a sequence, and not one for all: its result, which must be turned, is then small (1.3 and 2.7 ms
+    # for 17 and 34 MB on one core; one for all takes 1.6 and 29, one along the heads 17 and 46).
+    _, groups, page, size = pages.shape
+    dense = pages.new_empty(table.shape[0], groups, table.shape[1], page, size)
+    for sequence, own in zip(dense, table, strict=True):
+        sequence.copy_(pages.index_select(0, own).transpose(0, 1))
+    return dense.flatten(2, 3)
+
+
 def prefers_sdpa(query: Tensor, key: Tensor, value: Tensor, softcap: float | None, sinks: Tensor | None) -> bool:
     """Whether :func:`tree_attention_sdpa` can do the work and is measured to be the faster one.
 

@@ -9,6 +9,9 @@ end of the cache, or of what lies before a sliding window, costs a byte a query 
 Softmax is online, in float32 with base 2; the weights are rounded to the dtype of the values for the second product,
 as in FlashAttention 2 (arXiv:2307.08691); the split is Flash-Decoding's (pytorch.org/blog/flash-decoding).
 
+With a block table (PagedAttention, arXiv:2309.06180) slot s of a sequence is slot s % PAGE of page table[s // PAGE]; a
+page may be larger or smaller than a block, and PAGE = 0 compiles all of that away.
+
 The merge adds the splits in a fixed order, so the same input gives the same bits. Nothing reads from the device, and
 all sizes follow from shapes, so calls can be recorded in a CUDA graph. Not yet timed on a GPU.
 """
@@ -39,12 +42,22 @@ def _tanh(x):
     return 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0)
 
 
-@triton.jit(do_not_specialize=["key_heads", "width", "rows", "slots", "splits"])
+@triton.jit
+def _look_up(table_row, t_n, block, slots, BLOCK_N: tl.constexpr, PAGE: tl.constexpr):
+    # Page ids of a block: one where a page holds all of it, else one a slot.
+    slot = block * BLOCK_N
+    if PAGE < BLOCK_N:
+        slot += tl.arange(0, BLOCK_N)
+    return tl.load(table_row + slot // PAGE * t_n, mask=slot < slots, other=0)
+
+
+@triton.jit(do_not_specialize=["t_b", "key_heads", "width", "rows", "slots", "splits"])
 def split_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     mask_ptr,  # uint8 [B or 1, W, C]
+    table_ptr,  # int32 or int64 [B, C / PAGE]; None, as its strides, without PAGE
     sink_ptr,  # [Hq], unread without HAS_SINKS
     out_ptr,  # [B, W, Hq, Dv], written when there is one split
     acc_ptr,  # float32 [B * Hk, splits, rows, Dv]: sums of weighted values, relative to the split's largest score
@@ -54,6 +67,7 @@ def split_kernel(
     k_b, k_h, k_c, k_d,
     v_b, v_h, v_c, v_d,
     m_b, m_w, m_c,
+    t_b, t_n,
     key_heads, width, rows, slots, splits,
     inner,  # scale * log2(e), or scale / softcap
     outer,  # softcap * log2(e)
@@ -63,6 +77,7 @@ def split_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PAGE: tl.constexpr,  # slots of a page, a power of two; 0: keys and values are [B, Hk, C, D] and not pages
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     ONE_SPLIT: tl.constexpr,
@@ -89,11 +104,26 @@ def split_kernel(
 
     q_at = q_ptr + batch * q_b + query_head[:, None] * q_h + token[:, None] * q_w + at_h[None, :] * q_d
     q = tl.load(q_at, mask=live_row[:, None] & (at_h < HEAD)[None, :], other=0.0)
-    k_row = k_ptr + batch * k_b + head * k_h + at_h[:, None] * k_d
-    v_row = v_ptr + batch * v_b + head * v_h + at_v[None, :] * v_d
+    if PAGE > 0:
+        k_first, v_first = k_ptr, v_ptr
+    else:
+        k_first, v_first = k_ptr + batch * k_b, v_ptr + batch * v_b
+    k_row = k_first + head * k_h + at_h[:, None] * k_d
+    v_row = v_first + head * v_h + at_v[None, :] * v_d
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    if PAGE > 0:
+        # What lies before or behind all that is attended to may be memory of others and hold NaN, which a weight of
+        # zero does not hide: it is not read.
+        unseen = last == 0
+        front = tl.where(unseen, 2147483647, (split + first * splits) * BLOCK_N + at_n[None, :])
+        back = tl.where(unseen, 0, (split + (last - 1) * splits) * BLOCK_N + at_n[None, :] + 1)
+        front, back = tl.min(tl.min(front, 1), 0), tl.max(tl.max(back, 1), 0)
+        # Pages are looked up a block ahead: the compiler gives a load whose address was loaded in the same round fewer
+        # stages, and then nothing overlaps.
+        table_row = table_ptr + batch * t_b
+        page = _look_up(table_row, t_n, split + tl.where(end > 0, begin, 0) * splits, slots, BLOCK_N, PAGE)
     # Counted from zero: of a loop that starts at a reduced value the compiler (3.9) knows no alignment, and then loads
     # keys and values element by element, without stages.
     for i in range(end - begin):
@@ -101,8 +131,16 @@ def split_kernel(
         live = slot < slots
         far = slot.to(tl.int64)
         seen = tl.load(mask_row + slot[None, :] * m_c, mask=live_row[:, None] & live[None, :], other=0) != 0
-        k = tl.load(k_row + far[None, :] * k_c, mask=live[None, :] & (at_h < HEAD)[:, None], other=0.0)
-        v = tl.load(v_row + far[:, None] * v_c, mask=live[:, None] & (at_v < VALUE)[None, :], other=0.0)
+        if PAGE > 0:
+            owner, inside = page.to(tl.int64), (slot % PAGE).to(tl.int64)
+            k_at = k_row + (owner * k_b + inside * k_c)[None, :]
+            v_at = v_row + (owner * v_b + inside * v_c)[:, None]
+            live = (slot >= front) & (slot < back)
+            page = _look_up(table_row, t_n, split + (begin + i + 1) * splits, slots, BLOCK_N, PAGE)
+        else:
+            k_at, v_at = k_row + far[None, :] * k_c, v_row + far[:, None] * v_c
+        k = tl.load(k_at, mask=live[None, :] & (at_h < HEAD)[:, None], other=0.0)
+        v = tl.load(v_at, mask=live[:, None] & (at_v < VALUE)[None, :], other=0.0)
         scores = tl.dot(q, k, input_precision="ieee") * inner
         if HAS_SOFTCAP:
             scores = _tanh(scores) * outer
@@ -165,12 +203,13 @@ def merge_kernel(
     at_v = tl.arange(0, BLOCK_V)
     acc = tl.zeros([BLOCK_V], tl.float32)
     for begin in range(0, splits, CHUNK):
-        split = begin + tl.arange(0, CHUNK)
-        at = (pair * splits + split) * rows + row
-        tops = tl.load(max_ptr + at, mask=split < splits, other=float("-inf"))
-        written = (tops > float("-inf"))[:, None] & (at_v < VALUE)[None, :]
-        part = tl.load(acc_ptr + at[:, None] * VALUE + at_v[None, :], mask=written, other=0.0)
-        acc += tl.sum(part * tl.exp2(tops - base)[:, None], 0)
+        # Names of their own: a name that a loop carries must keep its shape, though the interpreter does not mind.
+        some = begin + tl.arange(0, CHUNK)
+        some_at = (pair * splits + some) * rows + row
+        some_tops = tl.load(max_ptr + some_at, mask=some < splits, other=float("-inf"))
+        written = (some_tops > float("-inf"))[:, None] & (at_v < VALUE)[None, :]
+        part = tl.load(acc_ptr + some_at[:, None] * VALUE + at_v[None, :], mask=written, other=0.0)
+        acc += tl.sum(part * tl.exp2(some_tops - base)[:, None], 0)
     acc = acc / tl.where(total > 0, total, 1.0)
     heads = key_heads * (rows // width)
     to = out_ptr + ((batch * width + token) * heads + query_head) * VALUE + at_v
@@ -225,6 +264,7 @@ def launch(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    table: Tensor | None = None,
     splits: int | None = None,
 ) -> Tensor:
     """Runs one kernel (one split) or two on the current stream; inputs are not checked.
@@ -237,7 +277,7 @@ def launch(
         ``[B, Hq, W, Dv]``, a view of a contiguous ``[B, W, Hq, Dv]``, which is what the caller makes of it.
     """
     batch, heads, width, head = query.shape
-    key_heads, slots, size = key.shape[1], key.shape[2], value.shape[3]
+    key_heads, slots, size = key.shape[1], mask.shape[3], value.shape[3]
     rows, pairs = heads // key_heads * width, batch * key_heads
     block = choose_blocks(rows, head, size, query.element_size())
     tiles = triton.cdiv(rows, block.rows)
@@ -249,16 +289,17 @@ def launch(
     seen = mask.view(torch.uint8)
     used = query if sinks is None else sinks
     m_b = seen.stride(0) if mask.shape[0] > 1 else 0
+    t_b, t_n = (None, None) if table is None else table.stride()
     scales = (scale * LOG2E, 1.0) if softcap is None else (scale / softcap, softcap * LOG2E)
     on_device = torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext()
     with on_device:  # Triton launches on the current device, whatever its arguments
         split_kernel[(pairs, tiles, splits)](
-            query, key, value, seen, used, out, acc, tops, sums,
+            query, key, value, seen, table, used, out, acc, tops, sums,
             *query.stride(), *key.stride(), *value.stride(), m_b, seen.stride(2), seen.stride(3),
-            key_heads, width, rows, slots, splits, *scales,
+            t_b, t_n, key_heads, width, rows, slots, splits, *scales,
             HEAD=head, VALUE=size, BLOCK_H=block.head, BLOCK_V=block.value, BLOCK_M=block.rows, BLOCK_N=block.slots,
-            HAS_SOFTCAP=softcap is not None, HAS_SINKS=sinks is not None, ONE_SPLIT=splits == 1,
-            num_warps=block.num_warps, num_stages=block.num_stages,
+            PAGE=0 if table is None else key.shape[2], HAS_SOFTCAP=softcap is not None, HAS_SINKS=sinks is not None,
+            ONE_SPLIT=splits == 1, num_warps=block.num_warps, num_stages=block.num_stages,
         )  # fmt: skip
         if splits > 1:
             merge_kernel[(pairs, rows)](
@@ -278,12 +319,13 @@ def operator(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    table: Tensor | None = None,
 ) -> Tensor:
     """:func:`launch` as an operator that torch.compile does not look into."""
-    return launch(query, key, value, mask, scale, softcap, sinks)
+    return launch(query, key, value, mask, scale, softcap, sinks, table)
 
 
 @operator.register_fake
-def _shape_of_result(query, key, value, mask, scale, softcap=None, sinks=None):
+def _shape_of_result(query, key, value, mask, scale, softcap=None, sinks=None, table=None):
     batch, heads, width, _ = query.shape
     return query.new_empty(batch, width, heads, value.shape[-1]).transpose(1, 2)
