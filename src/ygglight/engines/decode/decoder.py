@@ -2,38 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ygglight.compat.attention import FULL, attending_by, configs_of, layer_kinds, text_config
 from ygglight.engines.decode import attention
 from ygglight.engines.decode.cache import SlotCache
+from ygglight.engines.decode.call import ModelCall, Step
 from ygglight.engines.decode.graphs import Graphs
 
 PREFILL_CHUNK = 512
 """Prompt tokens a forward: bounds the mask (chunk x capacity bytes) and the activations."""
 GRAIN = 64
 """On a CPU only as many slots as are in use are read, rounded up to this."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a forward returns.
-
-    Args:
-        logits: ``[B, W, V]`` in the dtype of the model. On a GPU a buffer that the next forward of this width
-            overwrites.
-        hidden: ``[B, W, H]``, the input of the output embedding; None if the model has none that can be watched.
-    """
-
-    logits: Tensor
-    hidden: Tensor | None
 
 
 class Decoder:
@@ -54,26 +36,22 @@ class Decoder:
     def __init__(
         self, model: Any, capacity: int, *, batch: int = 1, graphs: bool | None = None, compile: bool = False
     ) -> None:
-        attention.register()
+        self._call = ModelCall(model, compile=compile)
         self.model: Any = model
-        self.config = text_config(model)
+        self.config = self._call.config
         self.capacity, self.batch = capacity, batch
-        self.device: torch.device = self.model.device
-        self.kinds = layer_kinds(self.config)
+        self.device: torch.device = self._call.device
+        self.kinds = self._call.kinds
         self.vocabulary = int(self.config.vocab_size)
         self.cache = SlotCache(int(self.config.num_hidden_layers), capacity)
         self.length: int = 0
         self.forwards = 0
         self._static = self.device.type == "cuda" or compile
-        self._configs = configs_of(model)
         with torch.inference_mode(False):  # or they could not be written in a later run outside of it
             self._columns = torch.arange(capacity, device=self.device)
             # The position of what lies in each slot: of a tree's nodes it is not the slot.
             self._where: Tensor = self._columns.clone()
         self._windowed = any(window is not None for window in self.kinds.values())
-        self._head: nn.Module | None = self.model.get_output_embeddings()
-        self._trims = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        self._call: Callable[..., Any] = torch.compile(model, dynamic=False) if compile else model
         on = self.device.type == "cuda" if graphs is None else graphs
         self._graphs = Graphs(self._run) if on and self.device.type == "cuda" else None
 
@@ -103,20 +81,8 @@ class Decoder:
     def _run(
         self, tokens: Tensor, positions: Tensor, slots: Tensor, masks: dict[str, Tensor], last_only: bool = False
     ) -> Step:
-        cache = self.cache
-        cache.slots, cache.visible = slots, next(iter(masks.values())).shape[-1]
-        mask: Any = masks if len(masks) > 1 or FULL not in masks else masks[FULL]
-        extra = {"logits_to_keep": 1} if last_only and self._trims else {}
-        seen: list[Tensor] = []
-        with _watching(self._head, seen), attending_by(attention.NAME, self._configs), torch.no_grad():
-            output = self._call(
-                input_ids=tokens, position_ids=positions, attention_mask=mask, past_key_values=cache,
-                use_cache=True, return_dict=True, **extra,
-            )  # fmt: skip
-        logits, hidden = output.logits, seen[0] if seen else None
-        return Step(
-            logits[:, -1:] if last_only else logits, hidden[:, -1:] if last_only and hidden is not None else hidden
-        )
+        self.cache.slots, self.cache.visible = slots, next(iter(masks.values())).shape[-1]
+        return self._call(tokens, positions, masks, self.cache, last_only=last_only)
 
     # -- one sequence ------------------------------------------------------------------------------------------------
     def reset(self) -> None:
@@ -201,18 +167,3 @@ class Decoder:
     def crop(self, length: int) -> None:
         """Shorten the text to its first ``length`` tokens."""
         self.length = min(self.length, length)
-
-
-def _watching(head: nn.Module | None, seen: list[Tensor]) -> AbstractContextManager[Any]:
-    """Collects the input of the output embedding."""
-    if head is None:
-        return nullcontext()
-    return _Hook(head.register_forward_pre_hook(lambda module, args: seen.append(args[0]) if args else None))
-
-
-class _Hook(AbstractContextManager[None]):
-    def __init__(self, handle: Any) -> None:
-        self.handle = handle
-
-    def __exit__(self, *exception: object) -> None:
-        self.handle.remove()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ygglight.engines.decode.decoder import Step
+    from ygglight.engines.decode.call import Step
 
 WARM_UPS = 2
 """Runs on a side stream before the recording: lazily made state (cuBLAS workspaces, Triton binaries) must exist."""
@@ -62,7 +62,8 @@ class Graphs:
                 self._run(*static[:3], masks)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads may train meanwhile: their allocations and event queries must not break the recording.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             step = self._run(*static[:3], masks)
         self._pool = graph.pool()
         return _Recorded(static, graph, step)
