@@ -29,7 +29,7 @@ setup: $(STAMP)
 $(STAMP): $(INPUTS)
 	@test -x $(BIN)/python || { echo "setting up $(VENV) (a few minutes, once)"; $(PYTHON) -m venv $(VENV); }
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
-	$(PIP) -e '.[dev,lora,gguf,plot,triton]'
+	$(PIP) -e '.[dev,lora,gguf,plot,triton,serve]'
 	@test ! -f requirements-assets.txt || { set -x; $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r requirements-assets.txt; }
 	@rm -f $(VENV)/.ready-* && touch $@
 

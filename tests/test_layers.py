@@ -34,7 +34,7 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "data": ({"kernels", "engines", "data", *LOW}, None),
     "modules": ({"kernels", "engines", "data", "modules", *LOW}, None),
     "serving": ({"kernels", "engines", "serving", *LOW}, None),
-    "strategies": ({"kernels", "engines", "data", "strategies", "compat.lightning", "registry", *LOW}, None),
+    "strategies": ({"kernels", "engines", "data", "serving", "strategies", "compat.lightning", "registry", *LOW}, None),
     "callbacks": ({"kernels", "engines", "callbacks", "compat.lightning", "registry", *LOW}, None),
 }
 # One file each, with a reason: the picture of memory over a step is drawn for a callback and for the demo alike.

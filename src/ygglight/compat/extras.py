@@ -17,6 +17,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "deepspeed": ("deepspeed",),
     "triton": ("triton",),
     "plot": ("matplotlib",),
+    "serve": ("fastapi", "uvicorn", "prometheus_client"),
 }
 
 # Where an extra has nothing to install: pip skips it by its marker, so nobody should be told to install it there.
