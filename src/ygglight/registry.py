@@ -61,6 +61,11 @@ STRATEGIES: tuple[StrategyRow, ...] = (
         "Use strategy='adacc' (one device), 'adacc_ddp' (replicas) or 'adacc_fsdp2' (sharded).",
     ),
     StrategyRow(
+        "harli",
+        "ygglight.strategies.harli:HarliStrategy",
+        "Harli on one device: finetune a LoRA adapter while clients are served from the same weights, within a target",
+    ),
+    StrategyRow(
         "yggdrasil",
         "ygglight.strategies.yggdrasil:YggdrasilStrategy",
         "Yggdrasil on one device: generate drafts a tree of tokens and verifies it in one pass; same text, sooner",
@@ -73,12 +78,14 @@ STRATEGY_CLASSES: dict[str, str] = {
     "AdaccStrategy": "ygglight.strategies.adacc:AdaccStrategy",
     "AdaccDDPStrategy": "ygglight.strategies.adacc:AdaccDDPStrategy",
     "AdaccModelParallelStrategy": "ygglight.strategies.adacc:AdaccModelParallelStrategy",
+    "HarliStrategy": "ygglight.strategies.harli:HarliStrategy",
     "YggdrasilStrategy": "ygglight.strategies.yggdrasil:YggdrasilStrategy",
 }
 
 # `ygglight demo SYSTEM`: a function `run(short: bool, out: Path) -> None`.
 DEMOS: dict[str, str] = {
     "adacc": "ygglight.demos.adacc:run",
+    "harli": "ygglight.demos.harli:run",
     "yggdrasil": "ygglight.demos.yggdrasil:run",
 }
 

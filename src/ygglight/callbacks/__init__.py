@@ -9,6 +9,7 @@ from ygglight.registry import load
 _CLASSES = {
     "AdaccMonitor": "ygglight.callbacks.adacc_monitor:AdaccMonitor",
     "GenerationWriter": "ygglight.callbacks.generation_writer:GenerationWriter",
+    "HarliMonitor": "ygglight.callbacks.harli_monitor:HarliMonitor",
 }
 
 __all__ = list(_CLASSES)

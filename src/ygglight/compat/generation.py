@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "generation_models", "hugging_face_loop", "lost_streamer", "output_wishes", "padded_rows", "stored_mode",
-    "through", "wrap_output",
+    "generation_models", "hugging_face_loop", "inputs_besides_tokens", "lost_streamer", "output_wishes", "padded_rows",
+    "stored_mode", "through", "wrap_output",
 ]  # fmt: skip
 
 
@@ -123,6 +123,28 @@ def hugging_face_loop(
         generation_config=generation_config,
         **kwargs,
     )
+
+
+def inputs_besides_tokens(model: Any, kwargs: dict[str, Any]) -> list[str]:
+    """Names of what the loop would feed the model that does not follow from the tokens and the padding.
+
+    Args:
+        model: A generation model. kwargs: What ``generate`` hands to its loop besides the tokens.
+    """
+    names = [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in ("attention_mask", "position_ids")]
+    positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    if positions is not None:  # generate makes some where the user gave none
+        count = positions.shape[-1]
+        usual = torch.arange(count, device=positions.device) if mask is None else mask.bool().long().cumsum(-1) - 1
+        seen = torch.ones_like(usual, dtype=torch.bool) if mask is None else mask.bool()
+        if usual.shape[-1] != count or bool(((positions != usual) & seen).any()):
+            names.append("position_ids")
+    # Prompt tuning (peft) puts a method on the model that adds inputs of its own; so may a class of the user's.
+    made_by = getattr(model.prepare_inputs_for_generation, "__func__", None)
+    usual_one = type(model).prepare_inputs_for_generation
+    if made_by is not usual_one or not usual_one.__module__.startswith("transformers."):
+        names.append("prepare_inputs_for_generation")
+    return names
 
 
 def output_wishes(config: Any) -> list[str]:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from ygglight.compat.generation import generation_models
-from ygglight.engines.yggdrasil.drafts import check_vocabulary
+from ygglight.engines.yggdrasil.drafts import check_draft
 from ygglight.engines.yggdrasil.generate import TreeGenerate, routed
 from ygglight.engines.yggdrasil.report import Report
 from ygglight.strategies.base import OneDeviceStrategy
@@ -133,7 +133,7 @@ class YggdrasilStrategy(OneDeviceStrategy):
         if isinstance(draft, str | Path) and draft != "lookup":
             draft = load_draft(str(draft), model, self._draft_dtype, self.lightning_module)
         if isinstance(draft, nn.Module):
-            check_vocabulary(draft, int(model.config.get_text_config(decoder=True).vocab_size))
+            check_draft(draft, int(model.config.get_text_config(decoder=True).vocab_size))
             draft = draft.to(next(model.parameters()).device).eval()
         method = TreeGenerate(draft, **self._options)
         method.on_tokens = self._count

@@ -1,4 +1,4 @@
-"""The two-stage predictor against synthetic machines: checks P1 and P2 of the brief, outliers, drift and a cold start."""
+"""The two-stage predictor against synthetic machines: checks P1 and P2 of the brief, outliers, drift, cold start."""
 
 from __future__ import annotations
 
@@ -117,7 +117,8 @@ def test_more_load_takes_longer_and_more_units_less(samples: int) -> None:
         predictor.observe_decode(batch, context, partition, machine.step(batch, context, partition, None), None)
     batches, contexts, units = (1, 2, 7, 16, 40), (10, 100, 3000, 50_000), (1, 2, 3, 4, 6, 8)
     table = {
-        at: predictor.solo(at[0], at[1], Partition(at[2], 0, False)) for at in itertools.product(batches, contexts, units)
+        at: predictor.solo(at[0], at[1], Partition(at[2], 0, False))
+        for at in itertools.product(batches, contexts, units)
     }
     assert all(math.isfinite(seconds) and seconds > 0 for seconds in table.values())
     for at, seconds in table.items():
@@ -136,7 +137,7 @@ def test_padded_batches_cost_what_their_edge_costs() -> None:
 
 def test_outliers_move_neither_stage() -> None:
     clean, dirty = LatencyPredictor(UNITS), LatencyPredictor(UNITS)
-    for predictor, share in ((clean, 0.0), (dirty, 0.01)):
+    for predictor, share in ((clean, 0.0), (dirty, 0.005)):
         machine, coin = Machine(4), random.Random(9)
         for _ in range(6000):
             batch, context = machine.load()

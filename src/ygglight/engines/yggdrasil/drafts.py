@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ygglight.engines.decode import Decoder
+from ygglight.engines.decode import Decoder, UnsupportedModel, check_tree_support, why_unsupported
 from ygglight.engines.yggdrasil.calibration import Calibration
 from ygglight.engines.yggdrasil.config import StagePlan
 from ygglight.engines.yggdrasil.tree import Growth, TokenTree
@@ -124,7 +124,6 @@ class ModelDraft:
         """Keep the keys and values of the accepted nodes; what has none waits for the next head pass."""
         decoder = self.decoder
         assert decoder is not None and self._grown is not None
-        ids = path.tolist() if path.device.type == "cpu" else None
         accepted = len(tokens) - 1
         if self._head is not None:
             # Every accepted node was run, and the bonus token after them: nothing is pending but its successors.
@@ -133,21 +132,22 @@ class ModelDraft:
             decoder.keep(offsets, accepted + 1)
             self._pending = [tokens[-1]]
             return
-        held = accepted
-        if not self.plan.tail and accepted and (ids is None or ids[accepted] >= self._run):
-            held = accepted - 1 if ids is not None else self._held(path, accepted)
+        held = accepted if self.plan.tail else self._held(path, accepted)
         decoder.keep(path[1:] - 1, held)
         self._pending = list(tokens[held:])
 
     def _held(self, path: Tensor, accepted: int) -> int:
-        """Accepted nodes that were run. Only the deepest can be one of the last drafted; on a GPU this is not looked up
-        (a host read): it is run again, which writes the same keys and values."""
-        return accepted - 1
+        """Accepted nodes that were run, without a tail pass. Only the deepest can be one of the last drafted; on a GPU
+        this is not looked up (a host read): it is run again, which writes the same keys and values."""
+        if accepted and (path.device.type != "cpu" or int(path[accepted]) >= self._run):
+            return accepted - 1
+        return accepted
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Take in tokens that were not drafted."""
+        if self._head is not None:  # then the root went through the draft ahead of time, and is in its cache
+            self._pending, self._head = [], None
         self._pending.extend(tokens)
-        self._head = None
 
     def ranks(self) -> Tensor | None:
         """Candidates of the expanded nodes."""
@@ -236,16 +236,44 @@ def make_draft(draft: Any, vocabulary: int, *, compile: bool = False) -> Draft:
         draft: "lookup", a causal LM, or a :class:`Draft`. vocabulary: size of the target's.
 
     Raises:
-        ValueError: the draft's vocabulary is another one. TypeError: it is none of these.
+        ValueError: the draft's vocabulary is another one, or it cannot be run over a tree. TypeError: it is none of
+            these.
     """
     if draft == "lookup":
         return LookupDraft()
     if isinstance(draft, nn.Module):
-        check_vocabulary(draft, vocabulary)
+        check_draft(draft, vocabulary)
+        _prove(draft)
         return ModelDraft(draft, vocabulary, compile=compile)
     if hasattr(draft, "grow") and hasattr(draft, "commit"):
         return draft  # type: ignore[no-any-return]
     raise TypeError(f"draft={draft!r} is neither 'lookup' nor a causal language model")
+
+
+def check_draft(draft: nn.Module, vocabulary: int) -> None:
+    """Raise if the make of a model rules it out as a draft; costs nothing.
+
+    Args:
+        draft: The model. vocabulary: Size of the target's.
+
+    Raises:
+        ValueError: its vocabulary is another one, or it cannot be run over a tree.
+    """
+    reason = why_unsupported(draft)
+    if reason is not None:
+        raise _unfit(reason)
+    check_vocabulary(draft, vocabulary)
+
+
+def _prove(draft: nn.Module) -> None:
+    try:
+        check_tree_support(draft)
+    except UnsupportedModel as error:
+        raise _unfit(str(error)) from error
+
+
+def _unfit(reason: str) -> ValueError:
+    return ValueError(f"the draft cannot be used: {reason}: take another one, or draft='lookup'")
 
 
 PADDING = 1024

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ygglight.compat.generation import (
     hugging_face_loop,
+    inputs_besides_tokens,
     lost_streamer,
     output_wishes,
     padded_rows,
@@ -182,6 +183,9 @@ class TreeGenerate:
             return "an attention mask that is more than left padding"
         if mask is not None and mask.shape[1] and not bool(mask[:, -1].all()):
             return "a prompt that is padding only"
+        inputs = inputs_besides_tokens(model, kwargs)
+        if inputs:
+            return f"inputs besides tokens ({', '.join(inputs)})"
         cache = kwargs.get("past_key_values")
         if cache is not None and int(cache.get_seq_length()) > 0:
             return "a KV cache that was handed over"

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ygglight.kernels import _dispatch
+from ygglight.kernels.linear_cross_entropy.between import between_chunks
 from ygglight.kernels.linear_cross_entropy.chunked import ChunkedLinearCrossEntropy, default_chunk_tokens
 
-__all__ = ["default_chunk_tokens", "linear_cross_entropy"]
+__all__ = ["between_chunks", "default_chunk_tokens", "linear_cross_entropy"]
 
 _dispatch.register("linear_cross_entropy", has_kernel=False)
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ygglight.kernels.linear_cross_entropy import between
+
 # fp32 logits of one chunk.
 CHUNK_BYTES = 32 * 1024 * 1024
 # On a GPU a chunk of M tokens does M FLOP for each byte of a 16-bit weight that it reads, so below ~295 tokens an H100
@@ -87,7 +89,10 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
         lse = torch.empty(hidden.shape[0], dtype=kind, device=hidden.device)
         valid = target != ignore_index
         total = torch.zeros((), dtype=kind, device=hidden.device)
+        on_chunk = between.current()
         for start in range(0, hidden.shape[0], chunk):
+            if start and on_chunk is not None:
+                on_chunk(start // chunk)
             rows = slice(start, start + chunk)
             logits = _logits(hidden[rows], weight, bias, softcap)
             picked = logits.gather(1, target[rows].where(valid[rows], 0)[:, None]).squeeze(1)
@@ -99,6 +104,7 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
         count = valid.sum()
         ctx.save_for_backward(hidden, weight, target, bias, lse, count)
         ctx.ignore_index, ctx.chunk, ctx.softcap = ignore_index, chunk, softcap
+        ctx.on_chunk = on_chunk  # backward may run on a thread of autograd's
         return total / count
 
     @staticmethod
@@ -130,6 +136,8 @@ def _gradients(
     grad_bias = lse.new_zeros(weight.shape[0]) if wants_bias else None
     factor = grad_loss / count
     for start in range(0, hidden.shape[0], ctx.chunk):
+        if start and ctx.on_chunk is not None:
+            ctx.on_chunk(start // ctx.chunk)
         rows = slice(start, start + ctx.chunk)
         valid = (target[rows] != ctx.ignore_index)[:, None]
         logits = _logits(hidden[rows], weight, bias, ctx.softcap)
