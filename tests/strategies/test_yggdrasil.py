@@ -467,6 +467,14 @@ def test_a_draft_of_another_vocabulary_is_refused_before_prediction_begins() -> 
         predict(NeverBegins(), YggdrasilStrategy(draft=llama(vocab_size=60)))
 
 
+def test_a_draft_that_cannot_be_run_over_a_tree_is_refused_before_prediction_begins() -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1))
+    with pytest.raises(ValueError, match="the draft cannot be used: the attention of BloomForCausalLM"):
+        predict(NeverBegins(), YggdrasilStrategy(draft=bloom))
+
+
 @pytest.mark.parametrize("strategy", [lambda: "yggdrasil", YggdrasilStrategy], ids=["name", "object"])
 def test_two_devices_are_refused(strategy: Callable[[], Any]) -> None:
     with pytest.raises(ValueError, match="runs on one device, but the Trainer was given 2"):

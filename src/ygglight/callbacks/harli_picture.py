@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,6 @@ from ygglight.compat.extras import require
 from ygglight.engines.harli.report import Report, Sample
 
 KV, ACTIVATIONS, TARGET = "#2d4a8a", "#c8553d", "#444444"
-WINDOW_SECONDS = 2.0
-"""Over which the finetune rate is taken."""
 
 
 def draw_run(path: Path, report: Report) -> Path:
@@ -29,12 +28,13 @@ def draw_run(path: Path, report: Report) -> Path:
     figure_module: Any = require("matplotlib.figure", "plot")
     agg: Any = require("matplotlib.backends.backend_agg", "plot")
     samples = list(report.samples)
+    worked = [s for s in samples if s.kind != "idle"]
     start = samples[0].time - samples[0].seconds if samples else 0.0
     figure = figure_module.Figure(figsize=(9, 6), layout="constrained")
     agg.FigureCanvasAgg(figure)
     steps, rate, memory = figure.subplots(3, 1, sharex=True)
-    _steps(steps, samples, report, start)
-    _rate(rate, samples, start)
+    _steps(steps, worked, report, start)
+    _rate(rate, report, start)
     _memory(memory, samples, report.chunk_bytes, start)
     memory.set_xlabel("seconds")
     for axes in (steps, rate, memory):
@@ -61,17 +61,12 @@ def _steps(axes: Any, samples: Sequence[Sample], report: Report, start: float) -
     axes.legend(frameon=False, fontsize=8, loc="upper left")
 
 
-def _rate(axes: Any, samples: Sequence[Sample], start: float) -> None:
-    times, rates = [], []
-    first = 0
-    for last, sample in enumerate(samples):
-        while first < last and sample.time - samples[first].time > WINDOW_SECONDS:
-            first += 1
-        span = sample.time - samples[first].time
-        if span > WINDOW_SECONDS / 4:
-            times.append(sample.time - start)
-            rates.append((sample.finetune_tokens - samples[first].finetune_tokens) / span)
-    axes.plot(times, rates, color=ACTIVATIONS, linewidth=1.2)
+def _rate(axes: Any, report: Report, start: float) -> None:
+    """Tokens are counted when a micro-batch is done: between two such moments the rate is their mean."""
+    done = [(report.started or start, 0), *report.trainings]
+    edges = [time - start for time, _ in done]
+    rates = [tokens / max(later - earlier, 1e-9) for (earlier, _), (later, tokens) in itertools.pairwise(done)]
+    axes.stairs(rates, edges, color=ACTIVATIONS, fill=True, alpha=0.8)
     axes.set_ylabel("finetune tokens/s")
 
 

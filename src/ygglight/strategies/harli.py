@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -20,6 +20,7 @@ from ygglight.engines.harli.engine import Engine
 from ygglight.engines.harli.finetune import FinetuneSession
 from ygglight.engines.harli.gate import Gate
 from ygglight.engines.harli.report import Report
+from ygglight.engines.harli.scheduler import Scheduler
 from ygglight.strategies.base import OneDeviceStrategy
 from ygglight.strategies.harli_adapter import (
     adapter_folder,
@@ -70,6 +71,9 @@ class HarliStrategy(OneDeviceStrategy):
         report: Counts of the latest run; None before the first.
         url: Where clients are answered; None without a server.
     """
+
+    policy: ClassVar[Any] = Scheduler
+    """Decides how much finetuning goes with each decode step."""
 
     def __init__(
         self,
@@ -151,7 +155,7 @@ class HarliStrategy(OneDeviceStrategy):
         try:
             super().setup(trainer)
             gate = _gate(self.root_device)
-            self._engine = Engine(self._lora, tokenizer, self._config, gate)
+            self._engine = Engine(self._lora, tokenizer, self._config, gate, policy=self.policy)
             self._session = FinetuneSession(module, blocks, gate, self._engine.arena, self.root_device)
             self._slice_clipping(self._session)
             rank_zero_info("harli: measuring decode latencies on this machine ...")
@@ -250,7 +254,7 @@ class HarliStrategy(OneDeviceStrategy):
             session.backward(run, replay if module.automatic_optimization else None)
         self._unbind()
         if self._engine is not None:
-            self._engine.report.trained(self._tokens)
+            self._engine.report.trained(self._tokens, self._engine.clock())
             self._engine.report.replays = session.counts.replays
         return results[-1]
 

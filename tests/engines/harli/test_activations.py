@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from ygglight.engines.harli.activations import Activations, CannotDrop
 from ygglight.engines.harli.finetune import FinetuneSession
 from ygglight.engines.harli.gate import Gate
+from ygglight.engines.harli.stopwatch import CudaStopwatch
 from ygglight.engines.memory.arena import Arena, Lease
 
-from .training import PoisonedArena
+from .training import GPT, PoisonedArena, batches
 
 SMALL = 64 * 1024
 CPU = torch.device("cpu")
@@ -155,7 +156,8 @@ def test_any_dtype_and_layout_comes_back_as_it_was(make: Callable[[], Tensor]) -
 
     with activations.saving():
         out = Look.apply(torch.ones(1, requires_grad=True), saved)
-    saved.copy_(torch.zeros_like(saved)) if saved.stride(-1) else None
+    if saved.stride(-1):
+        saved.zero_()
     out.backward()
     assert arena.made == 1
     assert torch.equal(seen[0], want) and seen[0].dtype is want.dtype
@@ -249,6 +251,10 @@ class Odd(nn.Module):
         self.calls += 1
         if self.kind == "writes to its input":
             x.mul_(2.0)
+        if self.kind == "writes to its input later":
+            y = x.exp()
+            x.mul_(2.0)
+            return y  # type: ignore[no-any-return]
         if self.kind == "changes" and self.calls > 1:
             return self.linear(x)  # type: ignore[no-any-return]
         return self.linear(x).exp().exp()  # type: ignore[no-any-return]
@@ -273,12 +279,14 @@ def test_a_block_called_with_an_unknown_object_is_kept_and_named() -> None:
 
 
 def test_a_block_that_writes_to_its_input_is_kept_once_that_is_known() -> None:
-    block = Odd("writes to its input")
-    loss, activations, _, x = run_block(block, 0)
-    assert "in place" in activations.skipped[0]
-    loss.backward()
+    for kind, first_kept in (("writes to its input", 0), ("writes to its input", 1), ("writes to its input later", 0)):
+        loss, activations, arena, x = run_block(Odd(kind), first_kept)
+        assert "in place" in activations.skipped[0]
+        assert arena.counts().leased > 0
+        loss.backward()
+        assert x.grad is not None
     with pytest.raises(CannotDrop, match="in place"):
-        run_block(block, 1)
+        run_block(Odd("writes to its input later"), 1)
 
 
 def test_a_block_that_does_something_else_the_second_time_is_an_error() -> None:
@@ -377,51 +385,77 @@ def test_the_collector_may_run_within_the_arenas_lock() -> None:
 
 def test_hooks_forbidden_is_an_error_with_a_note() -> None:
     activations, _ = keeper()
-    with pytest.raises(RuntimeError) as caught:
-        with torch.autograd.graph.disable_saved_tensors_hooks("saved tensor hooks are disabled"), activations.saving():
-            pass
+    forbidden = torch.autograd.graph.disable_saved_tensors_hooks("saved tensor hooks are disabled")
+    with pytest.raises(RuntimeError) as caught, forbidden, activations.saving():
+        pass
     assert any("harli" in note for note in caught.value.__notes__)
+
+
+def loop_on_gpu(device: torch.device, session_of: Callable[[nn.Module], FinetuneSession | None]) -> list[Tensor]:
+    """Losses and gradients of three micro-batches, with KV taking and soiling what finetuning gives back."""
+    torch.manual_seed(1)
+    model = GPT().to(device)
+    session = session_of(model)
+    stream = torch.cuda.Stream()
+    found = []
+    for batch in batches(3):
+        batch = batch.to(device)
+        if session is None or session.arena is None:
+            loss = model(batch)
+            loss.backward()
+        else:
+            loss = session.forward(lambda batch=batch: model(batch), 30)
+
+            def replay(batch: Tensor = batch, session: FinetuneSession = session) -> None:
+                with session.step(30):
+                    again = model(batch)
+                again.backward()
+
+            arena = session.arena
+            assert arena.allocate_kv(arena.counts().free + 8) is None
+            session.backward(loss.backward, replay)
+            taken = arena.allocate_kv(arena.counts().free)
+            assert taken
+            with torch.cuda.stream(stream):  # it waits for nobody: what finetuning still reads must not be there
+                arena.data[taken] = 255
+            torch.cuda.synchronize()
+            arena.free_kv(taken)
+        found += [loss.detach().clone(), *[p.grad.clone() for p in model.parameters()]]
+    if session is not None:
+        session.detach()
+    return found
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("host_bytes", [None, 0])
 def test_on_a_gpu_leases_wait_for_the_stream(host_bytes: int | None) -> None:
-    from .training import GPT, batches
-
     device = torch.device("cuda", torch.cuda.current_device())
-    losses: list[list[Tensor]] = []
-    for beside in (False, True):
-        torch.manual_seed(1)
-        model = GPT().to(device)
-        arena = Arena(4096, 4000, device)
-        gate = Gate()
-        session = FinetuneSession(model, list(model.blocks), gate, arena, device, smallest=512, host_bytes=host_bytes)
-        stream = torch.cuda.Stream()
-        losses.append([])
-        for batch in batches(3):
-            batch = batch.to(device)
-            if not beside:
-                loss = model(batch)
-                loss.backward()
-            else:
-                loss = session.forward(lambda batch=batch: model(batch), 30)
+    arena = Arena(4096, 4000, device)
 
-                def replay(batch: Tensor = batch) -> None:
-                    with session.step(30):
-                        again = model(batch)
-                    again.backward()
+    def session_of(model: nn.Module) -> FinetuneSession:
+        gate = Gate(stopwatch=CudaStopwatch(device))
+        blocks = list(model.blocks)  # type: ignore[arg-type]
+        return FinetuneSession(
+            model, blocks, gate, arena, device, smallest=512, host_bytes=host_bytes, hold_seconds=0.0
+        )
 
-                assert arena.allocate_kv(arena.counts().free + 8) is None
-                session.backward(loss.backward, replay)
-                taken = arena.allocate_kv(arena.counts().free)
-                with torch.cuda.stream(stream):  # nobody waits: what finetuning still reads must not be there
-                    arena.data[taken] = 255
-                torch.cuda.synchronize()
-                arena.free_kv(taken)
-            losses[-1] += [loss.detach().clone(), *[p.grad.clone() for p in model.parameters()]]
-        torch.cuda.synchronize()
-        activations = session.activations
-        activations.drain()
-        assert arena.counts().leased == 0 or beside
-        session.detach()
-    assert all(torch.equal(a, b) for a, b in zip(*losses, strict=True))
+    plain = loop_on_gpu(device, lambda model: None)
+    beside = loop_on_gpu(device, session_of)
+    assert all(torch.equal(a, b) for a, b in zip(plain, beside, strict=True))
+    assert arena.counts().peak_leased > 0
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_lease_is_free_only_when_the_stream_is_there() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    arena = Arena(4096, 256, device)
+    activations = Activations(nn.Identity(), arena, device)
+    activations.begin()
+    with activations.saving():
+        out = torch.randn(SMALL // 4, device=device, requires_grad=True).exp()
+    torch.cuda._sleep(500_000_000)
+    del out
+    activations.drain()
+    assert arena.counts().free == 256 - 16
+    torch.cuda.synchronize()
+    assert arena.counts().free == 256

@@ -419,5 +419,8 @@ def test_quantised_bases(bits: int, tmp_path: Any) -> None:
     assert torch.equal(found, logits(model, tokens))
     with adapters.activate([None, 0, None]):
         mixed = logits(twin, tokens)
-    torch.testing.assert_close(mixed[1], found[1], atol=2e-2, rtol=2e-2)
-    torch.testing.assert_close(mixed[[0, 2]], base_logits(model, tokens)[[0, 2]], atol=2e-2, rtol=2e-2)
+    # 8-bit products choose outliers by the whole batch, so a row depends a little on its neighbours.
+    near, base = (0.1 if bits == 4 else 0.5), base_logits(model, tokens)
+    torch.testing.assert_close(mixed[1], found[1], atol=near, rtol=0)
+    torch.testing.assert_close(mixed[[0, 2]], base[[0, 2]], atol=near, rtol=0)
+    assert float((found - base).abs().max()) > 1

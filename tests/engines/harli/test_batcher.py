@@ -323,10 +323,10 @@ def test_when_pages_run_out_the_newest_goes_and_its_text_stays_the_same() -> Non
 
 def test_a_sequence_without_a_page_waits_while_others_move() -> None:
     batcher, _, arena = fake(chunks=10, max_batch=2, max_context=20)
-    first, second = ask(batcher, [1, 2, 3], max_tokens=10), ask(batcher, [11], max_tokens=3)
-    for _ in range(3):
+    first, second = ask(batcher, [2, 3], max_tokens=10), ask(batcher, [11], max_tokens=4)
+    for _ in range(4):
         batcher.run(batcher.next_work())  # type: ignore[arg-type]
-    assert (first.tokens, second.tokens) == ([4, 5], [12])  # the first has filled its page
+    assert (first.tokens, second.tokens) == ([4, 5, 6], [12, 13])  # the first has filled its page
     held = arena.lease(arena.counts().free * 16)  # finetuning has all the rest
     assert held is not None
     for _ in range(2):
@@ -334,9 +334,9 @@ def test_a_sequence_without_a_page_waits_while_others_move() -> None:
         assert work is not None and work.requests == (second.request,)
         assert arena.pressure == 1
         batcher.run(work)
-    assert second.reasons == ["length"] and first.tokens == [4, 5]
+    assert second.reasons == ["length"] and first.tokens == [4, 5, 6]
     batcher.run(batcher.next_work())  # type: ignore[arg-type]
-    assert first.tokens == [4, 5, 6] and arena.pressure == 0  # the second gave a page back
+    assert first.tokens == [4, 5, 6, 7] and arena.pressure == 0  # the second gave a page back
     arena.release(held)
     finish(batcher)
     assert first.tokens == list(range(4, 14)) and batcher.preemptions == 0

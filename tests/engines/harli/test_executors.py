@@ -22,6 +22,7 @@ from ygglight.engines.harli.executors import (
     choose_executor,
     usable_cores,
 )
+from ygglight.engines.harli.executors_cuda import GreenContexts, PriorityStreams
 from ygglight.engines.harli.gate import Gate, Quantum
 from ygglight.engines.harli.partitions import Partition, alone, idle, slices
 from ygglight.engines.harli.scheduler import Decision
@@ -138,6 +139,13 @@ def test_the_choice_falls_back_with_one_reason(caplog: pytest.LogCaptureFixture)
     assert 1 <= usable_cores() <= torch.get_num_threads()
     with pytest.raises(ValueError, match="cores"):
         choose_executor("cpu", cores=0)
+
+
+def test_a_kind_can_be_asked_for() -> None:
+    assert choose_executor("cpu", cores=4, kind="slices").name == "time_slices"
+    assert choose_executor("cpu", cores=4, kind="threads").name == "thread_pools"
+    with pytest.raises(ValueError, match=r"streams.*threads, slices"):
+        choose_executor("cpu", cores=4, kind="streams")
 
 
 @pytest.mark.parametrize(
@@ -276,12 +284,13 @@ class Driver:
 
     def cuGreenCtxCreate(self, description: set[int], device: int, flags: int) -> tuple[int, int]:
         handle = len(self.live) + 1000
-        self.live[handle] = description
+        if not self.status("cuGreenCtxCreate"):
+            self.live[handle] = description
         return self.status("cuGreenCtxCreate"), handle
 
     def cuGreenCtxStreamCreate(self, context: int, flags: int, priority: int) -> tuple[int, int]:
         self.streams[len(self.streams) + 1] = self.live[context]
-        return 0, len(self.streams)
+        return self.status("cuGreenCtxStreamCreate"), len(self.streams)
 
     def cuGreenCtxDestroy(self, context: int) -> tuple[int]:
         del self.live[context]
@@ -334,3 +343,104 @@ def test_no_bindings_is_a_reason_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "cuda.bindings.driver", None)
     with pytest.raises(Unavailable, match="pip install cuda-bindings"):
         SMSplit(CUDA)
+
+
+# Streams, with a CUDA that only says which stream is current and who waited for whom.
+
+
+class Stream:
+    """A stream by name."""
+
+    def __init__(self, name: object = "plain", priority: int = 0) -> None:
+        self.name, self.priority, self.waited, self.synchronized = name, priority, list[Stream](), 0
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        return 0, -5
+
+    def wait_stream(self, other: Stream) -> None:
+        self.waited.append(other)
+
+    def synchronize(self) -> None:
+        self.synchronized += 1
+
+
+class Split:
+    """Groups of 16 SMs; a stream carries the groups that it was made of."""
+
+    sizes = [16] * 7 + [20]
+
+    def __init__(self) -> None:
+        self.made: list[Stream] = []
+        self.closed = False
+
+    def stream(self, groups: range, priority: int = 0) -> Stream:
+        self.made.append(Stream(set(groups), priority))
+        return self.made[-1]
+
+    def close(self) -> None:
+        assert all(stream.synchronized for stream in self.made)  # work on them is over before their SMs go
+        self.closed = True
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, Stream]:
+    state = {"current": Stream("default")}
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: state["current"])
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: state.update(current=stream))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    return state
+
+
+def test_decoding_moves_between_streams_in_order(cuda: dict[str, Stream]) -> None:
+    default, gate = cuda["current"], FakeGate()
+    executor = PriorityStreams(CUDA)
+    assert executor.ladder == [alone(132), slices(132), Partition(132, 132, True)]
+    executor.begin(decision(executor.ladder[2], 2), gate)  # type: ignore[arg-type]
+    stream = cuda["current"]
+    assert stream.priority == -5 and stream.waited == [default]
+    assert executor.bind().priority == 0 and executor.held is None  # all SMs: nothing is held from decoding
+    executor.begin(decision(alone(132), 0), gate)  # type: ignore[arg-type]
+    assert cuda["current"] is stream and stream.waited == [default]
+    executor.close()
+    assert cuda["current"] is default and stream.synchronized
+
+
+def test_green_contexts_give_both_sides_other_groups(cuda: dict[str, Stream]) -> None:
+    default, gate, split = cuda["current"], FakeGate(), Split()
+    executor = GreenContexts(CUDA, split=split)  # type: ignore[arg-type]
+    beside = executor.ladder[2:]
+    assert [(rung.decode, rung.finetune) for rung in beside] == [(16 * k, 132 - 16 * k) for k in range(1, 8)]
+    before = default
+    for count, rung in enumerate(beside, 1):
+        executor.begin(decision(rung, 2), gate)  # type: ignore[arg-type]
+        decode, finetune = cuda["current"], executor.bind()
+        assert decode.name == set(range(count)) and finetune.name == set(range(count, 8))  # type: ignore[attr-defined]
+        assert decode.waited == [before] and executor.held == rung.finetune
+        executor.unbind()
+        before = decode
+    assert executor.held is None
+    # A micro-batch keeps what it was bound to, whatever comes; decoding in turn has the whole device.
+    bound = executor.bind()
+    executor.begin(decision(slices(132), 1), gate)  # type: ignore[arg-type]
+    assert executor.held == 20 and cuda["current"].name == CUDA
+    assert gate.calls[-1] == ("grant", 0, None)
+    executor.unbind()
+    assert executor.bind() is not bound and executor.held == 132
+    executor.close()
+    assert split.closed and cuda["current"] is default
+
+
+@pytest.mark.parametrize("call", ["cuGreenCtxCreate", "cuGreenCtxStreamCreate"])
+def test_contexts_that_cannot_be_made_are_a_reason_and_leave_none_behind(call: str, cuda: dict[str, Stream]) -> None:
+    driver = Driver(132, fails=call)
+    with pytest.raises(Unavailable, match=f"{call} failed"):
+        GreenContexts(CUDA, split=SMSplit(CUDA, driver=driver))
+    assert not driver.live
+
+
+def test_one_priority_is_no_priority(cuda: dict[str, Stream], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stream, "priority_range", staticmethod(lambda: (0, 0)))
+    with pytest.raises(Unavailable, match="one stream priority"):
+        PriorityStreams(CUDA)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +17,15 @@ from ygglight.engines.memory.arena import Arena
 from .training import FAMILIES, PoisonedArena, ScriptedGate, batches, gpt, hooks_of, llama, plain, same, through_session
 
 CHUNK = 512
-Configure = Callable[[FinetuneSession], None]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Two threads on such small tensors mostly wait for each other, and long where the machine is shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def press(arena: Arena) -> None:
@@ -26,7 +34,7 @@ def press(arena: Arena) -> None:
 
 
 @pytest.fixture(scope="module")
-def truth() -> dict[str, Any]:
+def truth(one_thread: None) -> dict[str, Any]:
     return {name: plain(family) for name, family in FAMILIES.items()}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -208,7 +207,3 @@ def same(one: Outcome, other: Outcome) -> bool:
 
 def hooks_of(module: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
-
-
-def copied(state: Any) -> Any:
-    return copy.deepcopy(state)

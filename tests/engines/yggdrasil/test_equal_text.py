@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from ygglight.engines.yggdrasil.config import PLANS
 from ygglight.engines.yggdrasil.generate import TreeGenerate
+from ygglight.engines.yggdrasil.predictor import DepthPredictor
 
 from .conftest import SHAPE, close_calls, plain, prompts
 
@@ -64,6 +66,29 @@ def test_the_whole_product_over_many_prompts(
 ) -> None:
     ties = sum(check(target, method(target, draft, tree, plan, static), 7) for draft in drafts.values())
     print(f"{tree}, {plan}, static={static}: {ties} ties in {7 * len(drafts)} texts")
+
+
+@pytest.mark.slow
+def test_two_hundred_prompts_under_all_settings_in_turn(target: Any, drafts: dict[str, Any], tmp_path: Path) -> None:
+    """A1 as it is written: 200 prompts of 128 new tokens; the depth predictor on and off, too."""
+    torch.manual_seed(0)
+    DepthPredictor(target.config.hidden_size, 8, width=8).save(tmp_path)
+    settings = list(itertools.product(TREES, PLANS, (False, True), (None, str(tmp_path))))
+    kinds = [draft for draft in drafts.values() if draft != "lookup"]
+    made: dict[Any, TreeGenerate] = {}
+    ties = 0
+    for number, ids in enumerate(prompts(200, seed=8)):
+        tree, plan, static, predictor = key = settings[number % len(settings)]
+        if key not in made:
+            made[key] = TreeGenerate(kinds[number % len(kinds)], tree=TREES[tree], plan=plan, predictor=predictor)
+            made[key].engine(target).static = static
+        expected = plain(target, ids, 128)
+        assert len(set(expected[0, -96:].tolist())) >= 20, "boring text proves nothing"
+        ties += close_calls(target, expected, plain(target, ids, 128, custom_generate=made[key]))
+    steps = sum(one.report.iterations for one in made.values())
+    print(f"{ties} ties in 200 texts under {len(settings)} settings, {steps} steps")
+    assert len(made) == len(settings) == 120 and steps < 200 * 127
+    assert not any(one.report.fallbacks for one in made.values())
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)

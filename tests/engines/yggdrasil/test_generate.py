@@ -372,6 +372,47 @@ def test_embeddings_instead_of_tokens(target: Any, made: TreeGenerate) -> None:
     assert "embeddings" in next(iter(made.report.fallbacks))
 
 
+def test_positions_of_ones_own(target: Any, made: TreeGenerate) -> None:
+    ids = one()
+    own = torch.arange(ids.shape[1])[None] * 3 + 5
+    plainly = {"input_ids": ids, "attention_mask": None}
+    assert not torch.equal(same(target, made, **plainly, position_ids=own), same(target, made, **plainly))
+    assert sum(made.report.fallbacks.values()) == 1 and "position_ids" in next(iter(made.report.fallbacks))
+    mask = batch()["attention_mask"]
+    same(target, made, position_ids=(mask.cumsum(-1) - 1).clamp_min(0))  # those that it would have had
+    assert sum(made.report.fallbacks.values()) == 1
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_what_is_put_before_the_prompt_is_not_lost(made: TreeGenerate, kind: str) -> None:
+    """The model itself never learns of it: peft adds it in a method that it puts on the model."""
+    peft = pytest.importorskip("peft", reason="needs the extra `lora`")
+    model = llama()
+    torch.manual_seed(3)
+    tuned = peft.get_peft_model(model, getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    kwargs: dict[str, Any] = {**batch(), "do_sample": False, "max_new_tokens": NEW}
+    expected = tuned.generate(**kwargs)
+    with tuned.disable_adapter():
+        assert not torch.equal(tuned.generate(**kwargs), expected), "the virtual tokens do nothing"
+    with routed([model], made):
+        assert torch.equal(tuned.generate(**kwargs), expected)
+    assert made.report.iterations == 0 and "prepare_inputs" in next(iter(made.report.fallbacks))
+
+
+def test_a_class_that_prepares_its_own_inputs(made: TreeGenerate) -> None:
+    from transformers import LlamaForCausalLM
+
+    class Reversed(LlamaForCausalLM):  # type: ignore[misc]
+        def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return super().prepare_inputs_for_generation(VOCABULARY - 1 - input_ids, *args, **kwargs)
+
+    model = llama()
+    plainly = same(model, made)
+    model.__class__ = Reversed
+    assert not torch.equal(same(model, made), plainly)
+    assert "prepare_inputs" in next(iter(made.report.fallbacks))
+
+
 def test_modes_whose_code_is_elsewhere_are_not_taken_for_greedy(target: Any, made: TreeGenerate) -> None:
     for mode in ({"penalty_alpha": 0.6, "top_k": 4}, {"dola_layers": "low"}):
         with pytest.raises(ValueError, match="custom_generate decodes greedily or samples"):
@@ -456,6 +497,24 @@ def test_bad_drafts_are_one_clear_error(target: Any) -> None:
         plain(target, one(), 4, custom_generate=ygglight.yggdrasil(llama(vocab_size=50)))
     with pytest.raises(TypeError, match="'looked up' is neither 'lookup' nor"):
         plain(target, one(), 4, custom_generate=ygglight.yggdrasil("looked up"))
+
+
+def test_drafts_that_cannot_be_run_over_a_tree_are_one_clear_error(target: Any) -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    miscounts = llama(1)
+    forward = miscounts.model.rotary_emb.forward
+    miscounts.model.rotary_emb.forward = lambda x, position_ids: forward(
+        x, torch.arange(x.shape[1])[None] + int(position_ids[0, 0])
+    )
+    drafts = {
+        "attention interface": BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1)),
+        "not a causal language model": torch.nn.Linear(2, 2),
+        "other logits over a tree": miscounts,
+    }
+    for reason, unfit in drafts.items():
+        with pytest.raises(ValueError, match=f"the draft cannot be used: .*{reason}.*draft='lookup'"):
+            plain(target, one(), 4, custom_generate=ygglight.yggdrasil(unfit))
 
 
 def table(monkeypatch: pytest.MonkeyPatch, target: Latency, draft: Latency) -> None:
@@ -627,3 +686,28 @@ def test_sampled_texts_have_the_targets_distribution(
     assert chi_square_p(counts, right * draws) > 0.001
     # Negative control: the same bound would not be met by texts of another temperature.
     assert chi_square_p(counts, joint(model, ids, temperature * control) * draws) < 1e-6
+
+
+@pytest.mark.slow
+def test_sampled_texts_of_a_larger_vocabulary_are_as_likely(target: Any) -> None:
+    """A9: mean negative log-likelihood of 500 texts each way, two-sided; a hotter sampler must be found out."""
+    settings: dict[str, Any] = {"do_sample": True, "top_k": 0, "max_new_tokens": NEW}
+    ids = torch.cat([prompt[:, :9] for prompt in prompts(500, seed=6)])
+
+    def likelihoods(seed: int, temperature: float = 2.0, **more: Any) -> Tensor:
+        torch.manual_seed(seed)
+        found = target.generate(ids, temperature=temperature, **settings, **more)
+        with torch.no_grad():
+            scores = torch.log_softmax(target(found).logits[:, 8:-1].float() / 2.0, -1)
+        return -scores.gather(2, found[:, 9:, None])[..., 0].mean(1)
+
+    def z_score(mine: Tensor, theirs: Tensor) -> float:
+        return float((mine.mean() - theirs.mean()) / (mine.var() / len(mine) + theirs.var() / len(theirs)).sqrt())
+
+    theirs = likelihoods(1)
+    for static in (False, True):
+        made = ygglight.yggdrasil(noisy(target, 0.08), tree=TREE | {"verify": 8})
+        made.engine(target).static = static
+        assert abs(z_score(likelihoods(2, custom_generate=made), theirs)) < 3.3
+        assert made.report.generations == 500 and made.report.accepted > 500
+    assert z_score(likelihoods(3, temperature=2.2), theirs) > 3.3

@@ -15,6 +15,11 @@ from transformers.cache_utils import Cache
 from ygglight.compat.attention import FULL, attending_by, configs_of, layer_kinds, text_config
 from ygglight.engines.decode import attention
 
+PENDING = 2
+"""Tokens that a draft may have to take in before it drafts: longer runs are prompts."""
+SHAPES = 64
+"""Widths that may be compiled. After 8, dynamo's default, which all models share, it would go on uncompiled."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -48,7 +53,7 @@ class ModelCall:
         self._configs = configs_of(model)
         self._head: nn.Module | None = model.get_output_embeddings()
         self._trims = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._forward: Callable[..., Any] = torch.compile(model, dynamic=False) if compile else model
+        self._forward: Callable[..., Any] = _compiled(model) if compile else model
 
     def __call__(
         self,
@@ -72,12 +77,14 @@ class ModelCall:
         mask: Any = masks if len(masks) > 1 or FULL not in masks else masks[FULL]
         extra = {"logits_to_keep": 1} if last_only and self._trims else {}
         seen: list[Tensor] = []
+        # Prompts come in all lengths, and each would be compiled anew (15 s on a CPU).
+        forward = self.model if last_only and tokens.shape[1] > PENDING else self._forward
         name = attention.NAME
         reading: AbstractContextManager[None] = nullcontext()
         if table is not None:
             name, reading = attention.PAGED, attention.reading_pages(table)
         with _watching(self._head, seen), attending_by(name, self._configs), reading, torch.no_grad():
-            output = self._forward(
+            output = forward(
                 input_ids=tokens, position_ids=positions, attention_mask=mask, past_key_values=cache,
                 use_cache=True, return_dict=True, **extra,
             )  # fmt: skip
@@ -85,6 +92,12 @@ class ModelCall:
         return Step(
             logits[:, -1:] if last_only else logits, hidden[:, -1:] if last_only and hidden is not None else hidden
         )
+
+
+def _compiled(model: Any) -> Callable[..., Any]:
+    options: dict[str, Any] = {"recompile_limit": SHAPES, "isolate_recompiles": True}  # not yet in torch 2.11
+    known = inspect.signature(torch.compile).parameters
+    return torch.compile(model, dynamic=False, **{k: v for k, v in options.items() if k in known})  # type: ignore[no-any-return]
 
 
 def _watching(head: nn.Module | None, seen: list[Tensor]) -> AbstractContextManager[Any]:

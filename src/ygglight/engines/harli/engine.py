@@ -7,8 +7,8 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from ygglight.engines.harli.config import HarliConfig
 from ygglight.engines.harli.executors import choose_executor
 from ygglight.engines.harli.gate import Gate
 from ygglight.engines.harli.measure import LONG, Measurements
-from ygglight.engines.harli.partitions import alone
+from ygglight.engines.harli.partitions import Partition, alone
 from ygglight.engines.harli.predictor import LatencyPredictor
 from ygglight.engines.harli.report import Outcome, Report, Sample
 from ygglight.engines.harli.requests import Closing, QueueFull, Request, TokenEvent
@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 CPU_MEMORY = 1 << 30
 CUDA_SHARE = 0.5
+CUDA_VERSIONS = 3
 IDLE_SECONDS = 0.05
 """How often a decode thread without work looks around."""
 GAP_FACTOR = 4.0
@@ -44,12 +45,20 @@ LEAST_CHUNK = 16
 """Prompt tokens that go with a step even if the target leaves no room: a prompt must end some day."""
 
 
+class Policy(Protocol):
+    """What decides how much finetuning goes with a step; :class:`Scheduler` does."""
+
+    def decide(self, situation: Situation) -> Decision:
+        """For the next step."""
+
+
 class Engine:
     """Serves a model while its adapter is trained by another thread.
 
     Args:
         model: The LoRA model that is trained, on its device. tokenizer: Of transformers. config: What the user said.
         gate: Where the training thread waits. clock: Seconds.
+        policy: Makes what decides, of the ladder and the predictor; benchmarks hand in others.
 
     Attributes:
         arena, predictor, report: What the parts share.
@@ -65,13 +74,15 @@ class Engine:
         config: HarliConfig,
         gate: Gate,
         clock: Callable[[], float] = time.perf_counter,
+        policy: Callable[[Sequence[Partition], LatencyPredictor], Policy] = Scheduler,
     ) -> None:
         self.config, self.gate, self.clock = config, gate, clock
         # Its own: a fast tokenizer that two threads set up at once (padding, truncation) raises "Already borrowed".
         self.tokenizer = copy.deepcopy(tokenizer)
         twin = serving_twin(model)
         self.device: torch.device = next(twin.parameters()).device
-        self.adapters = Adapters(twin, model)
+        # A recorded graph holds the memory of a version: on a GPU few versions, or each would be recorded mid-step.
+        self.adapters = Adapters(twin, model, slots=CUDA_VERSIONS if self.device.type == "cuda" else None)
         self.arena, self.max_context = _arena(twin, self.device, config)
         self.decoder = PagedDecoder(twin, self.arena)
         self.batcher = Batcher(
@@ -81,10 +92,12 @@ class Engine:
         self.executor = choose_executor(self.device, kind=config.executor)
         units = max(max(rung.decode, rung.finetune) for rung in self.executor.ladder)
         self.predictor = LatencyPredictor(units)
-        self.scheduler = Scheduler(self.executor.ladder, self.predictor)
+        self.units = units
+        self.policy = policy(self.executor.ladder, self.predictor)
         self.report = Report(chunk_bytes=self.arena.chunk_bytes, executor=self.executor.name)
         self.slack = Slack(1.0, 1.0)
         self._upcoming = Upcoming()
+        self._bound: int | None = None
         self._thread: threading.Thread | None = None
         self._ready, self._ending = threading.Event(), threading.Event()
         self._failure: BaseException | None = None
@@ -117,8 +130,7 @@ class Engine:
         Returns:
             Whether all of them finished.
         """
-        if self.report.ended is None:
-            self.report.ended = self.clock()
+        self.training_ended()
         if self._thread is None or not self._thread.is_alive():
             self.gate.close()
             return True
@@ -133,7 +145,8 @@ class Engine:
 
     def training_ended(self) -> None:
         """Decoding has the machine for itself from now on; the finetune rate is over the time so far."""
-        self.report.ended = self.clock()
+        if self.report.ended is None:
+            self.report.ended = self.clock()
 
     def publish(self, model: nn.Module) -> None:
         """Let requests that come from now on use the adapter as it is now; between two optimizer steps."""
@@ -197,7 +210,7 @@ class Engine:
     def _set_targets(self) -> None:
         config = self.config
         tokens = config.max_batch * min(self.max_context, LONG)
-        solo = self.predictor.solo(config.max_batch, tokens, alone(self.scheduler.units))
+        solo = self.predictor.solo(config.max_batch, tokens, alone(self.units))
         slo = config.tpot_slo if config.tpot_slo is not None else 2 * solo
         gap = config.max_gap if config.max_gap is not None else GAP_FACTOR * slo
         if slo < solo:
@@ -229,15 +242,17 @@ class Engine:
         self._learn()
         if self._measurements.beside_left and self.gate.running and self.batcher.idle:
             self._measurements.beside(self.gate)
-        decision = self.scheduler.decide(Situation(0, 0, self.slack.allowance(start)))
+        decision = self.policy.decide(Situation(0, 0, self.slack.allowance(start)))
         self.executor.begin(decision, self.gate)
         self.batcher.wake.wait(IDLE_SECONDS)
-        self.report.seconds["idle"] += self.clock() - start
+        ended = self.clock()
+        self.report.seconds["idle"] += ended - start
+        self._sample(ended, ended - start, "idle", 0, decision, concurrent=False)
 
     def _step(self, work: Work) -> None:
         start = self.clock()
         situation = self._situation(work, start)
-        decision = self.scheduler.decide(situation)
+        decision = self.policy.decide(situation)
         self.executor.begin(decision, self.gate)
         before = self.gate.current if self.gate.running else None
         with self.gate.decoding():
@@ -250,13 +265,15 @@ class Engine:
         self._learn()
         self.report.seconds[work.kind] += decoded - start
         self.report.seconds["waiting"] += ended - decoded
+        self._sample(ended, ended - start, work.kind, len(work.requests), decision, concurrent=during is not None)
+
+    def _sample(
+        self, now: float, seconds: float, kind: str, batch: int, decision: Decision, *, concurrent: bool
+    ) -> None:
         counts = self.arena.counts()
         self.report.sample(
-            Sample(
-                ended, ended - start, work.kind, len(work.requests), decision.reason, during is not None, counts.kv,
-                counts.leased, counts.free, self.report.finetune_tokens,
-            )
-        )  # fmt: skip
+            Sample(now, seconds, kind, batch, decision.reason, concurrent, counts.kv, counts.leased, counts.free)
+        )
 
     def _situation(self, work: Work, now: float) -> Situation:
         # Enough for the running batch to grow while a quantum runs, and for one more prompt chunk (brief A.3).
@@ -269,6 +286,10 @@ class Engine:
         following = running or waiting
         queue = [] if following is None else self._upcoming.after(following)
         prefill = work.kind == "prefill"
+        if prefill:  # the decode step of those who run comes right after it
+            load = self.batcher.load()
+            if load.batch:
+                allowed -= self.predictor.corun(load.batch, load.context_tokens, alone(self.units), None)
         return Situation(
             batch=0 if prefill else len(work.requests),
             context_tokens=0 if prefill else work.context_tokens,
@@ -283,7 +304,9 @@ class Engine:
     def _held(self, running: bool) -> int | None:
         """Units that finetuning is bound to: threads of the quantum in flight, SMs of the micro-batch's stream."""
         if self.device.type == "cuda":
-            return getattr(self.executor, "held", None)
+            held: int | None = getattr(self.executor, "held", None)
+            self._bound = held or self._bound  # spans are read when their micro-batch may be over
+            return held
         return self.gate.threads if running else None
 
     def _size_prefill(self) -> None:
@@ -292,7 +315,7 @@ class Engine:
         size = self.config.prefill_chunk
         if load.batch and len(self.slack):
             size = prefill_chunk(
-                self.predictor, alone(self.scheduler.units), waiting_tokens=size, prefill_context=0, batch=load.batch,
+                self.predictor, alone(self.units), waiting_tokens=size, prefill_context=0, batch=load.batch,
                 context_tokens=load.context_tokens, allowed_seconds=self.slack.allowance(self.clock()), limit=size,
                 minimum=LEAST_CHUNK,
             )  # fmt: skip
@@ -313,7 +336,7 @@ class Engine:
         """Take the spans of the quanta that ended."""
         spans = self.gate.spans()
         for quantum, seconds, threads, concurrent in spans:
-            units = getattr(self.executor, "held", None) if self.device.type == "cuda" else threads
+            units = self._bound if self.device.type == "cuda" else threads
             self.predictor.observe_quantum(quantum.phase, quantum.tokens, units, seconds, concurrent)
         self._upcoming.done([span[0] for span in spans])
 

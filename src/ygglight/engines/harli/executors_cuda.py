@@ -3,7 +3,7 @@
 Not yet run on a GPU here (``tests/engines/harli/test_executors_gpu.py`` is what has to pass there).
 
 Autograd runs the backward of an operation on the stream of its forward. So a micro-batch is bound to one stream from
-its start to its end (``bind`` and ``unbind``, by the training thread); only the stream of decoding may change meanwhile.
+its start to its end (``bind``, ``unbind``: the training thread); only the stream of decoding may change meanwhile.
 A captured CUDA graph is bound to the partition that it was captured on: one set of graphs a level, or none.
 """
 

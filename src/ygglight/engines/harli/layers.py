@@ -59,8 +59,8 @@ class LayerCuts:
     def attach(self) -> None:
         """Put the hooks on the blocks; nothing if they are there.
 
-        They are functions, which a deep copy of the module shares: a serving twin or an averaged model has them too, and
-        they do nothing there unless it runs within the step.
+        They are functions, which a deep copy of the module shares: a serving twin or an averaged model has them too,
+        and they do nothing there unless it runs within the step.
         """
         if self._handles:
             return

@@ -46,9 +46,9 @@ class Sample:
     """One step of the decode loop.
 
     Args:
-        time: When it ended. seconds: It took, quanta in turn included. kind: ``decode`` or ``prefill``. batch: Rows.
-        reason: The scheduler's. concurrent: Whether finetuning ran beside it. kv, leased, free: Chunks of the arena.
-        finetune_tokens: Loss-bearing tokens trained so far.
+        time: When it ended. seconds: It took, quanta in turn included. kind: ``decode``, ``prefill`` or ``idle``.
+        batch: Rows. reason: The scheduler's. concurrent: Whether finetuning ran beside it. kv, leased, free: Chunks of
+            the arena.
     """
 
     time: float
@@ -60,7 +60,6 @@ class Sample:
     kv: int
     leased: int
     free: int
-    finetune_tokens: int
 
 
 @dataclass
@@ -77,6 +76,8 @@ class Report:
     executor: str = ""
     outcomes: deque[Outcome] = field(default_factory=lambda: deque(maxlen=KEPT))
     samples: deque[Sample] = field(default_factory=lambda: deque(maxlen=KEPT))
+    trainings: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=KEPT))
+    """When each micro-batch was done, and its loss-bearing tokens."""
     requests: int = 0
     attained: int = 0
     rejected: int = 0
@@ -103,9 +104,14 @@ class Report:
                 self.requests += 1
                 self.attained += outcome.attains(self.tpot_slo, self.max_gap)
 
-    def trained(self, tokens: int) -> None:
-        """A micro-batch is done, backward included. tokens: Loss-bearing ones."""
+    def trained(self, tokens: int, now: float) -> None:
+        """A micro-batch is done, backward included.
+
+        Args:
+            tokens: Loss-bearing ones. now: Seconds.
+        """
         with self._lock:
+            self.trainings.append((now, tokens))
             self.finetune_tokens += tokens
             self.micro_batches += 1
 
@@ -113,7 +119,8 @@ class Report:
         """The decode loop made a step."""
         with self._lock:
             self.samples.append(sample)
-            self.reasons[sample.reason] += 1
+            if sample.kind != "idle":
+                self.reasons[sample.reason] += 1
             self.peak_kv, self.peak_leased = max(self.peak_kv, sample.kv), max(self.peak_leased, sample.leased)
 
     @property
