@@ -14,7 +14,8 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,11 +48,17 @@ SHORT: dict[str, dict[str, str]] = {
         "level-beam": "level beam (EAGLE-2), best shape",
         "yggdrasil": '**Yggdrasil**, `tree="auto"`',
     },
+    "harli": {
+        "inference-only": "serving alone",
+        "halves": "half of the cores each",
+        "whole-step": "a training step after each decode step",
+        "naive": "both at once",
+        "capped-1": "one layer after each decode step",
+        "capped-2": "two layers after each decode step",
+        "harli": "**Harli**",
+    },
 }
 """Variants of a short table, in order, and what a reader is told; a benchmark that is not here shows all of them."""
-
-OF_TOKENS = ("yggdrasil",)
-"""Benchmarks of generation: their short table tells tokens a second."""
 
 
 def pages() -> list[Path]:
@@ -97,7 +104,7 @@ def render(name: str, rows: Sequence[Row], *, full: bool, runs: Sequence[str] | 
             if full:
                 parts.append(_full(of_case))
             else:
-                parts.append(_generation(of_case) if name in OF_TOKENS else _short(name, of_case))
+                parts.append(TABLES.get(name, partial(_short, name))(of_case))
     return "\n\n".join(parts) or NOTHING
 
 
@@ -144,10 +151,33 @@ def _generation(rows: Sequence[Row]) -> str:
     return _framed(rows, lines)
 
 
+def _sharing(rows: Sequence[Row]) -> str:
+    by_variant = {row["variant"]: row for row in rows}
+    lines = ["| | requests inside the target | time per token, p99 | finetune tokens/s | of finetuning alone |"]
+    lines.append("|---|---|---|---|---|")
+    for variant, label in SHORT["harli"].items():
+        row = by_variant.get(variant)
+        if row is None:
+            continue
+        if not row["p50_s"]:
+            lines.append(f"| {label} | {row['status'].replace('|', '/')} | | | |")
+            continue
+        found = json.loads(row["metrics"])
+        lines.append(
+            f"| {label} | {found['attainment']:.0%} | {found['tpot_p99_ms']:.0f} ms | "
+            f"{found['finetune_tokens_per_s']:.1f} | {found['share_of_alone']:.0%} |"
+        )
+    return _framed(rows, lines)
+
+
 def _framed(rows: Sequence[Row], lines: Sequence[str]) -> str:
     first, repeats = rows[0], max(int(row["repeats"]) for row in rows)
     where = f"{first['hardware']}, torch {first['torch']}, {first['date']}, revision {first['revision']}"
     return f"{first['case']}:\n\n" + "\n".join(lines) + f"\n\n<sub>{where}, {repeats} repeats, run {first['run']}</sub>"
+
+
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {"yggdrasil": _generation, "harli": _sharing}
+"""Short tables that are not of time and memory."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -211,6 +211,7 @@ def test_every_class_for_users_has_its_table() -> None:
     told = {target.rpartition(".")[2] for target, _ in knob_tables()}
     assert told == {
         "AdaccStrategy", "AdaccMonitor", "CausalLM", "TextData",
+        "HarliStrategy", "HarliMonitor",
         "YggdrasilStrategy", "GenerationWriter", "DistilledDraft", "DepthPredictorModule", "DecodeLogData",
     }  # fmt: skip
     from ygglight.strategies import AdaccDDPStrategy, AdaccModelParallelStrategy, AdaccStrategy

@@ -17,6 +17,7 @@ from torch import nn
 from ygglight.compat.generation import generation_models
 from ygglight.engines.yggdrasil.drafts import check_draft
 from ygglight.engines.yggdrasil.generate import TreeGenerate, routed
+from ygglight.engines.yggdrasil.predictor import DepthPredictor
 from ygglight.engines.yggdrasil.report import Report
 from ygglight.strategies.base import OneDeviceStrategy
 from ygglight.strategies.draft_files import load_draft
@@ -135,6 +136,10 @@ class YggdrasilStrategy(OneDeviceStrategy):
         if isinstance(draft, nn.Module):
             check_draft(draft, int(model.config.get_text_config(decoder=True).vocab_size))
             draft = draft.to(next(model.parameters()).device).eval()
+        predictor = self._options["predictor"]
+        if predictor is not None:  # the engine reads it, too; here a wrong one is found before the first step
+            hidden = int(model.config.get_text_config(decoder=True).hidden_size)
+            DepthPredictor.load(predictor).check(hidden, predictor)
         method = TreeGenerate(draft, **self._options)
         method.on_tokens = self._count
         return method

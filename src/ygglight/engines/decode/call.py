@@ -77,7 +77,7 @@ class ModelCall:
         mask: Any = masks if len(masks) > 1 or FULL not in masks else masks[FULL]
         extra = {"logits_to_keep": 1} if last_only and self._trims else {}
         seen: list[Tensor] = []
-        # Prompts come in all lengths, and each would be compiled anew (15 s on a CPU).
+        # Prompts come in all lengths, and each length would be compiled anew.
         forward = self.model if last_only and tokens.shape[1] > PENDING else self._forward
         name = attention.NAME
         reading: AbstractContextManager[None] = nullcontext()

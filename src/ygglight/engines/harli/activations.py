@@ -346,7 +346,7 @@ def _has_storage(tensor: Tensor) -> bool:
 def _span(tensor: Tensor) -> tuple[int, int]:
     """First byte and byte after the last that a tensor of at least one element covers in its storage."""
     extent = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    first = tensor.storage_offset()
+    first = int(tensor.storage_offset())
     return first * tensor.element_size(), (first + extent) * tensor.element_size()
 
 

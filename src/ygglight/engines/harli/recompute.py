@@ -71,7 +71,7 @@ class Handle:
     def hold(self, held: Any, saved: Tensor) -> None:
         """Refer to bytes in the arena that hold ``saved``."""
         self.held = held
-        self.stride, self.offset = saved.stride(), saved.storage_offset() * saved.element_size()
+        self.stride, self.offset = saved.stride(), int(saved.storage_offset()) * saved.element_size()
 
     def let_go(self) -> None:
         """Refer to nothing."""
