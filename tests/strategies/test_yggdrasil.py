@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 import ygglight  # noqa: F401  (registers the names)
 from ygglight.engines.yggdrasil.drafts import LookupDraft
 from ygglight.engines.yggdrasil.objective import Costs, Latency
+from ygglight.engines.yggdrasil.predictor import DepthPredictor
 from ygglight.modules import CausalLM
 from ygglight.modules.testing import tiny_causal_lm
 from ygglight.strategies.yggdrasil import YggdrasilStrategy
@@ -473,6 +474,14 @@ def test_a_draft_that_cannot_be_run_over_a_tree_is_refused_before_prediction_beg
     bloom = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1))
     with pytest.raises(ValueError, match="the draft cannot be used: the attention of BloomForCausalLM"):
         predict(NeverBegins(), YggdrasilStrategy(draft=bloom))
+
+
+def test_a_predictor_that_does_not_fit_is_refused_before_prediction_begins(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"fit_depth_predictor\.yaml"):
+        predict(NeverBegins(), YggdrasilStrategy(predictor=str(tmp_path)))
+    DepthPredictor(72, 4, width=8).save(tmp_path)
+    with pytest.raises(ValueError, match="hidden size 72, and this one's is 64"):
+        predict(NeverBegins(), YggdrasilStrategy(predictor=str(tmp_path)))
 
 
 @pytest.mark.parametrize("strategy", [lambda: "yggdrasil", YggdrasilStrategy], ids=["name", "object"])

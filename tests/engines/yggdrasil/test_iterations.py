@@ -1,4 +1,4 @@
-"""What each iteration leaves behind: both caches, host reads, the forecast; checks A5, A14, A16 and A17 of the brief."""
+"""What an iteration leaves behind: caches, host reads, the forecast; checks A5, A14, A16 and A17 of the brief."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ygglight.engines.yggdrasil.loop import Iteration
 from ygglight.engines.yggdrasil.objective import Shape
 from ygglight.engines.yggdrasil.selector import Selector
 
-from .conftest import SHAPE, llama, noisy, plain, prompts
+from .conftest import SHAPE, noisy, plain, prompts
 
 TREE = {"width": 3, "depth": 4, "verify": 9}
 

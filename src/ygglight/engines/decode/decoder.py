@@ -14,6 +14,8 @@ from ygglight.engines.decode.graphs import Graphs
 
 PREFILL_CHUNK = 512
 """Prompt tokens a forward: bounds the mask (chunk x capacity bytes) and the activations."""
+RECORDED_APPEND = 2
+"""Tokens up to which an append is replayed from a CUDA graph; prompts have too many lengths to record."""
 GRAIN = 64
 """On a CPU only as many slots as are in use are read, rounded up to this."""
 
@@ -109,7 +111,11 @@ class Decoder:
             count = len(chunk)
             offsets = torch.arange(count, device=self.device)
             lower = offsets[:, None] >= offsets[None, :]
-            step = self.nodes(chunk, offsets, offsets, lower, last_only=True)
+            # A token or two (plain decoding, a draft's first pass) go like nodes of a tree, whose passes are recorded.
+            few = count <= RECORDED_APPEND
+            step = self.nodes(chunk, offsets, offsets, lower, last_only=not few)
+            if few:
+                step = Step(step.logits[:, -1:], None if step.hidden is None else step.hidden[:, -1:])
             self.length += count
         assert step is not None
         return step

@@ -183,14 +183,14 @@ class TreeGenerate:
             return "an attention mask that is more than left padding"
         if mask is not None and mask.shape[1] and not bool(mask[:, -1].all()):
             return "a prompt that is padding only"
-        inputs = inputs_besides_tokens(model, kwargs)
-        if inputs:
-            return f"inputs besides tokens ({', '.join(inputs)})"
         cache = kwargs.get("past_key_values")
         if cache is not None and int(cache.get_seq_length()) > 0:
             return "a KV cache that was handed over"
         if input_ids.shape[1] == 0 or "inputs_embeds" in kwargs:
             return "no prompt, or embeddings instead of tokens"
+        inputs = inputs_besides_tokens(model, kwargs)
+        if inputs:
+            return f"inputs besides tokens ({', '.join(inputs)})"
         try:
             check_tree_support(model)
         except ValueError as error:
