@@ -103,7 +103,7 @@ class Bench:
 
     def alone(self) -> float:
         """Loss tokens a second of finetuning with the machine to itself."""
-        strategy = self._strategy(POLICIES["harli"], None)
+        strategy = self._strategy(POLICIES["naive"], None)
         self._fit(strategy, lambda _: threading.Event().wait(self.case.alone))
         assert strategy.report is not None
         rate = _rate(strategy.report, strategy.report.started or 0.0)

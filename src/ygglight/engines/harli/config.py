@@ -52,6 +52,8 @@ class HarliConfig:
             raise ValueError(f"max_context is {self.max_context}: a token of prompt and one of answer are the least")
         if self.tpot_slo is not None and not self.tpot_slo > 0:
             raise ValueError(f"the target time per output token is {self.tpot_slo * 1000:g} ms: give more than 0")
+        if self.max_gap is not None and not self.max_gap > 0:
+            raise ValueError(f"the longest gap is {self.max_gap * 1000:g} ms: give more than 0")
         if self.max_gap is not None and not self.max_gap >= (self.tpot_slo or 0):
             raise ValueError(
                 f"the longest gap ({self.max_gap * 1000:g} ms) is shorter than the target time per output token "

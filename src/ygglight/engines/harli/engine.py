@@ -131,7 +131,7 @@ class Engine:
             Whether all of them finished.
         """
         self.training_ended()
-        if self._thread is None or not self._thread.is_alive():
+        if self._thread is None or not self.alive:
             self.gate.close()
             return True
         self.batcher.drain()
@@ -142,6 +142,11 @@ class Engine:
             self.batcher.stop()
             self._thread.join()
         return finished
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are worked on."""
+        return self._thread is not None and self._thread.is_alive()
 
     def training_ended(self) -> None:
         """Decoding has the machine for itself from now on; the finetune rate is over the time so far."""
@@ -193,6 +198,8 @@ class Engine:
     # -- the decode thread -------------------------------------------------------------------------------------------
     def _run(self) -> None:
         try:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)  # a new thread begins on device 0
             with torch.inference_mode():
                 self._measurements.alone(self.gate)
                 self._set_targets()
@@ -200,7 +207,8 @@ class Engine:
                 self._serve()
         except BaseException as error:
             self._failure = error
-            log.exception("the decode thread has ended; finetuning goes on by itself")
+            if self._ready.is_set():  # else start() raises it
+                log.exception("the decode thread has ended; finetuning goes on by itself")
             self.batcher.finish_all("error", f"the decode thread has ended: {error}")
         finally:
             self.gate.close()
@@ -240,8 +248,10 @@ class Engine:
         """Nothing can be decoded: finetuning has the machine until a request comes."""
         start = self.clock()
         self._learn()
-        if self._measurements.beside_left and self.gate.running and self.batcher.idle:
-            self._measurements.beside(self.gate)
+        # What decides by fixed rules has no use for it.
+        learns = isinstance(self.policy, Scheduler)
+        if learns and self._measurements.beside_left and self.gate.running and self.batcher.idle:
+            self._measurements.beside(self.gate, stop=lambda: not self.batcher.idle or self._ending.is_set())
         decision = self.policy.decide(Situation(0, 0, self.slack.allowance(start)))
         self.executor.begin(decision, self.gate)
         self.batcher.wake.wait(IDLE_SECONDS)
@@ -254,6 +264,8 @@ class Engine:
         situation = self._situation(work, start)
         decision = self.policy.decide(situation)
         self.executor.begin(decision, self.gate)
+        if self.device.type == "cuda":  # a recorded step belongs to the SMs that it was recorded on
+            self.decoder.partition = (decision.partition.decode, decision.partition.concurrent)
         before = self.gate.current if self.gate.running else None
         with self.gate.decoding():
             self.batcher.run(work)

@@ -80,8 +80,12 @@ class Measurements:
         """Whether there is a rung and a phase of which too little was seen."""
         return any(self._seen[rung, phase] < BESIDE_STEPS * len(self._sizes) for rung, phase in self._wanted())
 
-    def beside(self, gate: Gate) -> None:
-        """One round beside the quantum that runs now, on the rung that was seen least beside its phase."""
+    def beside(self, gate: Gate, stop: Callable[[], bool]) -> None:
+        """One round beside the quantum that runs now, on the rung that was seen least beside its phase.
+
+        Args:
+            gate: Of the finetuning. stop: Whether somebody waits for something better.
+        """
         current = gate.current
         if current is None or current.phase not in PHASES:
             return
@@ -91,6 +95,8 @@ class Measurements:
         rung = min(rungs, key=lambda rung: self._seen[rung, current.phase])
         self._executor.begin(Decision(rung, None, 0.0, "measuring"), gate)
         for size in self._sizes:
+            if stop():
+                return
             before = gate.current if gate.running else None
             with gate.decoding():
                 seconds = self._time(size)
