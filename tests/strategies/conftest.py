@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
@@ -93,3 +94,11 @@ def fit() -> Fit:
         return model, trainer
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random language model whose text is not boring, and a tokenizer with a chat template."""
+    from ygglight.modules.testing import tiny_causal_lm
+
+    return tiny_causal_lm(tmp_path_factory.mktemp("models") / "tiny", chat=True, initializer_range=0.2)

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from ygglight.callbacks.harli_picture import draw_run
+from ygglight.compat.extras import require
 
 
 class HarliMonitor(Callback):
@@ -32,17 +33,21 @@ class HarliMonitor(Callback):
         self.every_n_steps, self.picture = every_n_steps, picture
         self._last: tuple[float, int] | None = None
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse another strategy before anything long.
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse another strategy, and a picture that cannot be drawn, before anything long.
 
         Raises:
-            TypeError: there is nothing to watch.
+            TypeError: there is nothing to watch. ModuleNotFoundError: a picture is wanted and matplotlib is not there.
         """
-        if not hasattr(trainer.strategy, "report"):
+        if stage != "fit":
+            return
+        if not hasattr(trainer.strategy, "engine"):
             raise TypeError(
                 f"HarliMonitor watches HarliStrategy, and this Trainer has {type(trainer.strategy).__name__}: set "
                 "strategy='harli', or leave the callback out"
             )
+        if self.picture is not None:
+            require("matplotlib", "plot")
         self._last = None
 
     def on_train_batch_end(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ def _steps(axes: Any, samples: Sequence[Sample], report: Report, start: float) -
         axes.plot([s.time - start for s in chosen], [s.seconds * 1000 for s in chosen], ".", color=colour, label=label,
                   markersize=3)  # fmt: skip
     for value, text in ((report.tpot_slo, "target a token"), (report.max_gap, "longest gap allowed")):
+        if value == math.inf:
+            continue
         axes.axhline(value * 1000, color=TARGET, linestyle="--", linewidth=1)
         axes.annotate(
             text, (1.0, value * 1000), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,14 +23,16 @@ from ygglight.engines.harli.report import Report
 from ygglight.engines.harli.scheduler import Scheduler
 from ygglight.strategies.base import OneDeviceStrategy
 from ygglight.strategies.harli_adapter import (
-    adapter_folder,
     find_lora_model,
     find_tokenizer,
     kept_state,
     load_adapter,
+    lora_models,
     remove_adapter_folder,
+    save_adapter,
 )  # fmt: skip
-from ygglight.strategies.harli_logs import LogsOnce
+from ygglight.strategies.harli_interrupt import Interrupts
+from ygglight.strategies.harli_logs import StepOnce
 from ygglight.strategies.harli_traffic import Traffic, parse_requests, parse_server
 
 log = logging.getLogger(__name__)
@@ -114,10 +116,9 @@ class HarliStrategy(OneDeviceStrategy):
         self._session: FinetuneSession | None = None
         self._traffic: Traffic | None = None
         self._lora: Any = None
-        self._logs = LogsOnce()
+        self._once, self._interrupts = StepOnce(), Interrupts()
         self._step: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._tokens = self._steps = 0
-        self._in_optimizer = False
         self._stream: Any = None
 
     @property
@@ -179,7 +180,7 @@ class HarliStrategy(OneDeviceStrategy):
             self._session.detach()
         if isinstance(exception, KeyboardInterrupt) and self._session is not None and trainer is not None:
             path = Path(trainer.default_root_dir) / "harli-interrupted.ckpt"
-            if self._in_optimizer:
+            if self._interrupts.half_done:
                 log.warning("interrupted within an optimizer step: its weights are half old, so no checkpoint is saved")
             else:
                 trainer.save_checkpoint(path)
@@ -188,28 +189,30 @@ class HarliStrategy(OneDeviceStrategy):
 
     def teardown(self) -> None:
         """Finish the requests under way, stop serving, say what was done."""
+        self._interrupts.check()
         engine, traffic = self._engine, self._traffic
         if engine is not None and traffic is not None:
             engine.training_ended()
             engine.gate.close()
             if self._keep_serving and self.lightning_module is not None and _finished(self.lightning_module):
-                traffic.serve_on()
+                traffic.serve_on(engine)
             self._end(traffic.drain_seconds)
             rank_zero_info(f"harli:\n{engine.report.table()}")
         super().teardown()
 
     def _end(self, drain_seconds: float) -> None:
-        if self._traffic is not None:
-            self._traffic.stop(drain_seconds)
-        if self._engine is not None:
-            self._engine.stop(drain_seconds)
-        if self._session is not None:
-            self._session.detach()
-        for name in ("clip_grad_by_norm", "clip_grad_by_value"):
-            self.precision_plugin.__dict__.pop(name, None)
-        if self.lightning_module is not None:
-            self._logs.detach(self.lightning_module)
-        self._engine = self._session = None
+        with ExitStack() as stack:  # each is done, whatever becomes of the others
+            if self.lightning_module is not None:
+                stack.callback(self._once.detach, self.lightning_module)
+            for name in ("clip_grad_by_norm", "clip_grad_by_value"):
+                stack.callback(self.precision_plugin.__dict__.pop, name, None)
+            if self._session is not None:
+                stack.callback(self._session.detach)
+            if self._engine is not None:
+                stack.callback(self._engine.stop, drain_seconds)
+            if self._traffic is not None:
+                stack.callback(self._traffic.stop, drain_seconds)
+            self._engine = self._session = self._traffic = None
 
     # -- the step ----------------------------------------------------------------------------------------------------
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -217,18 +220,19 @@ class HarliStrategy(OneDeviceStrategy):
         session, module = self._session, self.lightning_module
         if session is None or module is None:
             return super().training_step(*args, **kwargs)
+        self._interrupts.check()
         self._step = args, kwargs
         self._tokens = loss_tokens(args[0] if args else kwargs)
-        self._logs.attach(module)
-        return self._forward(session, replayable=module.automatic_optimization)
+        self._once.attach(module)
+        return self._forward(session, module, replayable=module.automatic_optimization)
 
-    def _forward(self, session: FinetuneSession, replayable: bool) -> Any:
+    def _forward(self, session: FinetuneSession, module: LightningModule, replayable: bool) -> Any:
         args, kwargs = self._step
         step = super().training_step
 
         def run() -> Any:
-            self._logs.begin()
-            return step(*args, **kwargs)
+            with self._once.run(module):
+                return step(*args, **kwargs)
 
         with self._on_stream():
             return session.forward(run, self._tokens, replayable=replayable)
@@ -246,10 +250,12 @@ class HarliStrategy(OneDeviceStrategy):
 
         def replay() -> None:
             assert module is not None
-            output = self._forward(session, replayable=True)
+            output = self._forward(session, module, replayable=True)
             loss = output["loss"] if isinstance(output, dict) else output
             results.append(back(loss / module.trainer.accumulate_grad_batches, optimizer, *args, **kwargs))
 
+        if module.automatic_optimization:
+            self._once.backward()
         with self._on_stream():
             session.backward(run, replay if module.automatic_optimization else None)
         self._unbind()
@@ -264,30 +270,28 @@ class HarliStrategy(OneDeviceStrategy):
         if session is None or engine is None:
             return super().optimizer_step(optimizer, closure, model, **kwargs)
 
-        def closed() -> Any:
-            result = closure()
-            self._in_optimizer = True
-            return result
+        with ExitStack() as stack:
 
-        try:
+            def closed() -> Any:
+                result = closure()
+                stack.enter_context(self._interrupts.held_back(engine.gate.close))
+                return result
+
             if getattr(self.precision_plugin, "scaler", None) is not None:  # it looks at the optimizer itself
                 output = super().optimizer_step(optimizer, closed, model, **kwargs)
             else:
                 with self._on_stream(), session.slicing(optimizer):
                     output = super().optimizer_step(optimizer, closed, model, **kwargs)
-            self._in_optimizer = False
-        except Exception:
-            self._in_optimizer = False
-            raise
-        self._steps += 1
-        if self._steps % self._config.publish_every == 0:
-            engine.publish(self._lora)
+            self._steps += 1
+            if self._steps % self._config.publish_every == 0:
+                engine.publish(self._lora)
         return output
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """Lightning's, in quanta while a fit runs."""
         if self._session is None:
             return super().validation_step(*args, **kwargs)
+        self._interrupts.check()
         with self._on_stream(), self._session.step(0):
             return super().validation_step(*args, **kwargs)
 
@@ -326,16 +330,18 @@ class HarliStrategy(OneDeviceStrategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Take the adapter back; the base is there already."""
-        if self._lora is None:
-            super().load_model_state_dict(checkpoint, strict)
+        assert self.lightning_module is not None
+        found = lora_models(self.lightning_module)
+        if len(found) == 1:  # to validate or test what a fit saved, too
+            load_adapter(self.lightning_module, found[0], checkpoint["state_dict"])
         else:
-            load_adapter(self.lightning_module, self._lora, checkpoint["state_dict"])
+            super().load_model_state_dict(checkpoint, strict)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Beside the checkpoint, a folder ``<name>-adapter`` that ``peft.PeftModel.from_pretrained`` loads."""
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
-        if self._lora is not None and hasattr(self._lora, "peft_config"):
-            self._lora.save_pretrained(adapter_folder(filepath))
+        if self._lora is not None:
+            save_adapter(self._lora, filepath)
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """The checkpoint, and the folder beside it."""

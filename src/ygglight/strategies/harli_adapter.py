@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,12 @@ from ygglight.compat.extras import require
 from ygglight.data.assets import resolve_model
 
 
-def find_lora_model(module: nn.Module) -> Any:
-    """The one transformers model with LoRA layers inside a module; peft's wrapper around it if there is one.
-
-    Raises:
-        TypeError: there is none, or there are several.
-    """
-    peft = require("peft", "lora")
-    tuners = require("peft.tuners.tuners_utils", "lora")
+def lora_models(module: nn.Module) -> list[Any]:
+    """The transformers models with LoRA layers inside a module; peft's wrapper around one if there is one."""
+    if importlib.util.find_spec("peft") is None:
+        return []
+    import peft
+    from peft.tuners import tuners_utils as tuners
     from transformers import PreTrainedModel
 
     wrapped = [m for m in module.modules() if isinstance(m, peft.PeftModel)]
@@ -31,7 +30,17 @@ def find_lora_model(module: nn.Module) -> Any:
         if isinstance(m, PreTrainedModel) and id(m) not in inside and m.get_output_embeddings() is not None
         and any(isinstance(part, tuners.BaseTunerLayer) for part in m.modules())
     ]  # fmt: skip
-    found = wrapped + bare
+    return wrapped + bare
+
+
+def find_lora_model(module: nn.Module) -> Any:
+    """The one of :func:`lora_models`.
+
+    Raises:
+        TypeError: there is none, or there are several.
+    """
+    require("peft", "lora")
+    found = lora_models(module)
     if len(found) == 1:
         return found[0]
     if not found:
@@ -99,6 +108,13 @@ def adapter_folder(filepath: Any) -> Path:
     """Folder beside a checkpoint in peft's own form."""
     path = Path(filepath)
     return path.with_name(f"{path.stem}-adapter")
+
+
+def save_adapter(lora: Any, filepath: Any) -> None:
+    """Write it in peft's own form beside a checkpoint."""
+    # Layers that were injected without a wrapper cannot say so: `save_pretrained` would write the whole base.
+    if hasattr(lora, "get_base_model") or getattr(lora, "_hf_peft_config_loaded", False):
+        lora.save_pretrained(adapter_folder(filepath))
 
 
 def remove_adapter_folder(filepath: Any) -> None:

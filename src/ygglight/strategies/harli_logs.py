@@ -15,20 +15,21 @@ class StepOnce:
     """Lets what a training step does to its module happen once, however often the step is run.
 
     A replay computes the same and logs in the same order, so a call of ``self.log`` is known by its place (``log_dict``
-    goes through ``log``). Attributes that the given-up run bound anew, such as counters, are what they were before it.
-    Objects that it changed in place, such as lists and metrics, are not.
+    goes through ``log``). Attributes that the given-up run bound anew, such as counters, are first what they were
+    before it; objects that it changed in place, such as lists and metrics, are not.
     """
 
     def __init__(self) -> None:
         self._place = self._done = 0
-        self._attached = False
+        self._at_backward: int | None = None
         self._before: dict[str, Any] = {}
-        self._bound: dict[str, Any] = {}
+        self._attached = False
 
     def attach(self, module: LightningModule) -> None:
         """A new micro-batch."""
         self._place = self._done = 0
-        self._bound = {}
+        self._at_backward = None
+        self._before = {}
         if self._attached:
             return
         self._attached = True
@@ -46,21 +47,25 @@ class StepOnce:
     def run(self, module: LightningModule) -> Iterator[None]:
         """Around a run of the training step, the first or a repeated one."""
         own = module.__dict__
-        for name in self._bound:
-            if self._before[name] is _ABSENT:
+        for name, value in self._before.items():
+            if value is _ABSENT:
                 own.pop(name, None)
             else:
-                own[name] = self._before[name]
+                own[name] = value
         before = dict(own)
-        place, self._place = self._place, 0
+        self._place = 0
         try:
             yield
         finally:
-            changed = {name for name, value in own.items() if before.get(name, _ABSENT) is not value}
-            self._bound = {name: own[name] for name in changed}
-            self._before = {name: before.get(name, _ABSENT) for name in changed}
-            # Hooks may have logged between the step and its backward, and are not run again.
-            self._place = max(self._place, place)
+            self._before = {
+                name: before.get(name, _ABSENT) for name in own if own[name] is not before.get(name, _ABSENT)
+            }
+            if self._at_backward is not None:
+                self._place = self._at_backward
+
+    def backward(self) -> None:
+        """The step is over and its backward begins. Hooks in between may have logged, and are not run again."""
+        self._at_backward = self._place
 
     def detach(self, module: LightningModule) -> None:
         """Give the module its own method back."""

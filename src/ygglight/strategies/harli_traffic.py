@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass, fields
 from typing import Any
@@ -33,6 +34,17 @@ class ServerOptions:
     max_answer_tokens: int | None = None
     drain_seconds: float = 30.0
 
+    def __post_init__(self) -> None:
+        kinds: dict[str, type | tuple[type, ...]] = {
+            "host": str, "port": int, "api_key_env": (str, type(None)), "drain_seconds": (int, float)
+        }  # fmt: skip
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise ValueError(f"server: {name} is {value!r}, which is no {_name(kind)}")
+        if not 0 <= self.drain_seconds < threading.TIMEOUT_MAX:
+            raise ValueError(f"server: drain_seconds is {self.drain_seconds}: give 0 or more")
+
 
 def parse_server(server: bool | dict[str, Any] | None, *, default: bool) -> ServerOptions | None:
     """The options of the server, or None for none.
@@ -47,6 +59,8 @@ def parse_server(server: bool | dict[str, Any] | None, *, default: bool) -> Serv
         server = default
     if isinstance(server, bool):
         return ServerOptions() if server else None
+    if not isinstance(server, dict):
+        raise ValueError(f"server is {server!r}: give true, false or options such as {{port: 8000}}")
     known = [field.name for field in fields(ServerOptions)]
     unknown = sorted(set(server) - set(known))
     if unknown:
@@ -74,6 +88,10 @@ def parse_requests(requests: str | dict[str, Any] | None) -> Trace | None:
     return poisson(**requests)
 
 
+def _name(kind: type | tuple[type, ...]) -> str:
+    return "text" if kind in (str, (str, type(None))) else "number" if isinstance(kind, tuple) else "whole number"
+
+
 class Traffic:
     """The server, the replayed trace, or both.
 
@@ -93,9 +111,13 @@ class Traffic:
             from ygglight.compat.extras import require
 
             require("fastapi", "serve")
-            from ygglight.serving.limits import api_key_from_env
+            from ygglight.serving.limits import Limits, api_key_from_env
             from ygglight.serving.server import ServerThread
 
+            self._limits = Limits(
+                max_body_bytes=options.max_body_bytes, max_prompt_tokens=options.max_prompt_tokens,
+                max_answer_tokens=options.max_answer_tokens,
+            )  # fmt: skip
             self._key = api_key_from_env(options.api_key_env)
             self._server = ServerThread(options.host, options.port)
             self._server.bind()
@@ -112,34 +134,37 @@ class Traffic:
 
     def start(self, engine: Engine) -> None:
         """Let requests in."""
-        if self._server is not None and self._options is not None:
+        if self._server is not None:
             from ygglight.serving.app import build_app
-            from ygglight.serving.limits import Limits
 
-            options = self._options
-            limits = Limits(
-                max_body_bytes=options.max_body_bytes, max_prompt_tokens=options.max_prompt_tokens,
-                max_answer_tokens=options.max_answer_tokens,
-            )  # fmt: skip
-            self._server.start(build_app(engine, limits, self._key))
+            self._server.start(build_app(engine, self._limits, self._key))
         if self._trace is not None:
             self.replayer = Replayer(
                 self._trace, engine, encode=engine.tokenizer.encode, vocabulary=engine.decoder.vocabulary
             )
+            for row in self.replayer.results:
+                needed = row.prompt_tokens + self._trace.requests[row.index].max_tokens
+                if needed > engine.max_context:
+                    raise ValueError(
+                        f"request {row.index + 1} of the trace has {needed} tokens, prompt and answer together, and "
+                        f"max_context is {engine.max_context}: raise max_context, or shorten it"
+                    )
             self.replayer.start()
 
-    def serve_on(self) -> None:
-        """Serve until Ctrl-C."""
+    def serve_on(self, engine: Engine) -> None:
+        """Serve until Ctrl-C, or until nobody decodes any more."""
         rank_zero_info(f"harli: the fit is over; still serving at {self.url}, until Ctrl-C")
         try:
-            while self._server.running:
+            while self._server.running and engine.alive:
                 time.sleep(0.2)
         except KeyboardInterrupt:
             pass
 
     def stop(self, drain_seconds: float) -> None:
         """Let nobody in any more; requests under way have so long to finish."""
-        if self.replayer is not None:
-            self.replayer.stop()
-        if self._server is not None:
-            self._server.stop(drain_seconds)
+        try:
+            if self.replayer is not None:
+                self.replayer.stop()
+        finally:
+            if self._server is not None:
+                self._server.stop(drain_seconds)

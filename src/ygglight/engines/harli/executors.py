@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from ygglight.compat.openmp import release_workers
 from ygglight.engines.harli.partitions import Partition, alone, slices
 
 if TYPE_CHECKING:
@@ -119,7 +120,15 @@ class ThreadPools(TimeSlices):
         # OpenMP makes its pool anew when the number changes, so it is only set when it does.
         if wanted and wanted != torch.get_num_threads():
             torch.set_num_threads(wanted)
+        if not wanted:  # nothing to decode
+            release_workers()
         super().begin(decision, gate)
+
+    def end(self, decision: Decision, gate: Gate) -> None:
+        """See :class:`Executor`."""
+        if decision.quanta and not _runs_beside(decision):  # their turn
+            release_workers()
+        super().end(decision, gate)
 
     def close(self) -> None:
         """Give the decode thread, which calls this, its threads back."""

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 
+from ygglight.compat.openmp import release_workers
 from ygglight.engines.harli.stopwatch import HostStopwatch, Stopwatch
 
 Phase = Literal["forward", "loss", "backward", "clip", "optimizer", "other"]
@@ -184,10 +185,13 @@ class Gate:
         with self._changed:
             self._waiting_for = quantum
             self._changed.notify_all()
+        waited = False
         try:
             while True:
                 if self.relieve is not None:
                     self.relieve()
+                if waited:
+                    release_workers()  # decoding has the cores now
                 with self._changed:
                     if self._closed:
                         return
@@ -201,6 +205,7 @@ class Gate:
                         self._granted -= 1
                         return
                     self._changed.wait(None if self.relieve is None else POLL_SECONDS)
+                    waited = True
         finally:
             with self._changed:
                 self._waiting_for = None
