@@ -62,7 +62,7 @@ class Case:
 
 CASES = {
     "quick": Case("smollm2-135m-instruct", 64, 1, (0.5,), 6, 4, 24, 12, 2),
-    "smollm2": Case("smollm2-135m-instruct", 128, 1, (0.25, 0.5), 60, 20, 48, 24, 4),
+    "smollm2": Case("smollm2-135m-instruct", 128, 1, (0.25, 0.5), 40, 15, 48, 24, 4),
     "smollm2-gpu": Case("smollm2-135m-instruct", 512, 4, (4.0, 8.0, 16.0), 60, 20, 256, 128, 32),
 }
 
