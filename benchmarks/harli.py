@@ -108,7 +108,7 @@ class Bench:
         assert strategy.report is not None
         rate = _rate(strategy.report, strategy.report.started or 0.0)
         if not rate:
-            raise RuntimeError(f"no micro-batch was done in {self.case.alone:g} s: is the machine busy with other work?")
+            raise RuntimeError(f"no micro-batch was done in {self.case.alone:g} s: is the machine busy?")
         print(f"harli: finetuning alone {rate:.1f} loss tokens/s", flush=True)
         self._slo = strategy.report.tpot_slo  # twice solo, measured once for all
         return rate
