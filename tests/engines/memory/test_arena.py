@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 
 import pytest
 import torch
@@ -96,6 +97,7 @@ def test_threads_never_get_the_same_chunk() -> None:
     arena.kv_watermark = 4
     owner: list[str | None] = [None] * arena.chunks
     wrong: list[str] = []
+    together = threading.Barrier(4)
 
     def take(chunks: range | list[int], name: str) -> None:
         for chunk in chunks:
@@ -109,6 +111,7 @@ def test_threads_never_get_the_same_chunk() -> None:
 
     def decode(name: str) -> None:
         draw, held = random.Random(name), []
+        together.wait()
         for _ in range(600):
             taken = arena.allocate_kv(draw.randint(1, 6))
             if taken is not None:
@@ -123,12 +126,16 @@ def test_threads_never_get_the_same_chunk() -> None:
             arena.free_kv(gone)
 
     def finetune(name: str) -> None:
-        draw, held = random.Random(name), []
-        for _ in range(600):
+        draw, held, granted = random.Random(name), [], 0
+        together.wait()
+        while granted < 100:  # KV comes first: the last ones are granted when it is done
             lease = arena.lease(draw.randint(1, 64 * 8))
             if lease is not None:
+                granted += 1
                 take(range(lease.first, lease.first + lease.count), name)
                 held.append(lease)
+            else:
+                time.sleep(0)
             if held and (lease is None or arena.pressure):
                 gone = held.pop()
                 drop(range(gone.first, gone.first + gone.count))
