@@ -185,12 +185,12 @@ class Gate:
         with self._changed:
             self._waiting_for = quantum
             self._changed.notify_all()
-        waited = False
+        waits = 0
         try:
             while True:
                 if self.relieve is not None:
                     self.relieve()
-                if waited:
+                if waits == 1:
                     release_workers()  # decoding has the cores now
                 with self._changed:
                     if self._closed:
@@ -205,7 +205,7 @@ class Gate:
                         self._granted -= 1
                         return
                     self._changed.wait(None if self.relieve is None else POLL_SECONDS)
-                    waited = True
+                    waits += 1
         finally:
             with self._changed:
                 self._waiting_for = None
