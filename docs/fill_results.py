@@ -115,58 +115,57 @@ def _full(rows: Sequence[Row]) -> str:
 
 def _short(name: str, rows: Sequence[Row]) -> str:
     by_variant = {row["variant"]: row for row in rows}
-    labels = SHORT.get(name) or {variant: variant for variant in by_variant}
     plain = by_variant.get("plain", {}).get("peak_bytes")
-    lines = ["| | time of forward and backward | of plain | activation peak | of plain |", "|---|---|---|---|---|"]
-    for variant, label in labels.items():
-        row = by_variant.get(variant)
-        if row is None:
-            continue
-        if not row["p50_s"]:
-            lines.append(f"| {label} | {row['status'].replace('|', '/')} | | | |")
-            continue
+
+    def cells(row: Row) -> list[str]:
+        variant = row["variant"]
         ratio = json.loads(row["ratios"] or "{}").get("plain", 1.0 if variant == "plain" else None)
         peak, share = "", ""
         if row["peak_bytes"]:
             peak = mebibytes(row["peak_bytes"])
             share = f"{float(row['peak_bytes']) / float(plain):.0%}" if plain else ""
-        time = seconds(row["p50_s"])
-        lines.append(f"| {label} | {time} | {'' if ratio is None else f'{ratio:.0%}'} | {peak} | {share} |")
-    return _framed(rows, lines)
+        return [seconds(row["p50_s"]), "" if ratio is None else f"{ratio:.0%}", peak, share]
+
+    heads = ["time of forward and backward", "of plain", "activation peak", "of plain"]
+    return _table(rows, SHORT.get(name) or {variant: variant for variant in by_variant}, heads, cells)
 
 
 def _generation(rows: Sequence[Row]) -> str:
-    by_variant = {row["variant"]: row for row in rows}
-    lines = ["| | tokens a second | speed, plain is 1 | tokens a pass of the model |", "|---|---|---|---|"]
-    for variant, label in SHORT["yggdrasil"].items():
-        row = by_variant.get(variant)
-        if row is None:
-            continue
-        if not row["p50_s"]:
-            lines.append(f"| {label} | {row['status'].replace('|', '/')} | | |")
-            continue
+    def cells(row: Row) -> list[str]:
         metrics, ratio = json.loads(row["metrics"]), json.loads(row["ratios"] or "{}").get("plain", 1.0)
         per_step = f"{metrics['per_step']:.2f}" if "per_step" in metrics else ""
-        lines.append(f"| {label} | {metrics['tokens_per_s']:.1f} | {1 / ratio:.2f} | {per_step} |")
-    return _framed(rows, lines)
+        return [f"{metrics['tokens_per_s']:.1f}", f"{1 / ratio:.2f}", per_step]
+
+    heads = ["tokens a second", "speed, plain is 1", "tokens a pass of the model"]
+    return _table(rows, SHORT["yggdrasil"], heads, cells)
 
 
 def _sharing(rows: Sequence[Row]) -> str:
+    def cells(row: Row) -> list[str]:
+        found = json.loads(row["metrics"])
+        return [
+            f"{found['attainment']:.0%}", f"{found['tpot_p99_ms']:.0f} ms",
+            f"{found['finetune_tokens_per_s']:.1f}", f"{found['share_of_alone']:.0%}",
+        ]  # fmt: skip
+
+    heads = ["requests inside the target", "time per token, p99", "finetune tokens/s", "of finetuning alone"]
+    return _table(rows, SHORT["harli"], heads, cells)
+
+
+def _table(
+    rows: Sequence[Row], labels: Mapping[str, str], heads: Sequence[str], cells: Callable[[Row], Sequence[str]]
+) -> str:
+    """The variants that have labels, in their order; one without timings tells its status."""
     by_variant = {row["variant"]: row for row in rows}
-    lines = ["| | requests inside the target | time per token, p99 | finetune tokens/s | of finetuning alone |"]
-    lines.append("|---|---|---|---|---|")
-    for variant, label in SHORT["harli"].items():
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for variant, label in labels.items():
         row = by_variant.get(variant)
         if row is None:
             continue
-        if not row["p50_s"]:
-            lines.append(f"| {label} | {row['status'].replace('|', '/')} | | | |")
-            continue
-        found = json.loads(row["metrics"])
-        lines.append(
-            f"| {label} | {found['attainment']:.0%} | {found['tpot_p99_ms']:.0f} ms | "
-            f"{found['finetune_tokens_per_s']:.1f} | {found['share_of_alone']:.0%} |"
-        )
+        if row["p50_s"]:
+            lines.append(f"| {label} | {' | '.join(cells(row))} |")
+        else:
+            lines.append(f"| {label} | {row['status'].replace('|', '/')} |" + " |" * (len(heads) - 1))
     return _framed(rows, lines)
 
 
