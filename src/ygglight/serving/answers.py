@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ def usage_of(prompts: Sequence[Sequence[int]], completion_tokens: int) -> Usage:
     }
 
 
-class Answer:
+class Answer(ABC):
     """Forms the answer to one HTTP request.
 
     Args:
@@ -89,15 +90,15 @@ class Answer:
             "choices": choices,
         }
 
+    @abstractmethod
     def taken(self, logprobs: Logprobs) -> dict[str, Any] | None:
         """What is new among the log-probabilities of a choice, in this endpoint's shape."""
-        raise NotImplementedError
 
-    def _choice(self, index: int, text: str, reason: str | None, logprobs: dict[str, Any] | None) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _choice(self, index: int, text: str, reason: str | None, logprobs: dict[str, Any] | None) -> dict[str, Any]: ...
 
-    def _delta(self, index: int, text: str, reason: str | None, logprobs: dict[str, Any] | None) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _delta(self, index: int, text: str, reason: str | None, logprobs: dict[str, Any] | None) -> dict[str, Any]: ...
 
 
 class CompletionAnswer(Answer):

@@ -252,7 +252,7 @@ class Frame:
             self._release(tick - 1)
         todo = plan.schedule.ticks[tick]
         for value in todo.unpack:
-            self._memo[value] = self._decompress(value)
+            self._memo[value] = unpack(self._codes[value])
         if todo.replay:
             with replaying():
                 for step in todo.replay:
@@ -268,7 +268,7 @@ class Frame:
             return base
         unpacks, operators = self._closure(value)
         for code in unpacks:
-            self._memo[code] = self._decompress(code)
+            self._memo[code] = unpack(self._codes[code])
         steps = [] if self.tape is None else self.tape.steps
         for index in operators:
             if not steps[index].replayable:
@@ -315,9 +315,6 @@ class Frame:
         if base is None:
             raise RuntimeError(f"value {value} of {self.name} is needed to run an operator again, but is gone")
         return base
-
-    def _decompress(self, value: int) -> Tensor:
-        return unpack(self._codes[value])
 
     def _check_version(self, handle: Handle) -> None:
         if handle.watched._version != handle.version:
@@ -386,10 +383,8 @@ class Frame:
         self._codes = {v: c for v, c in self._codes.items() if v in stored or v in wanted}
 
     def _dynamic_leaves(self) -> set[int]:
-        needed: set[int] = set()
-        for value in self._alive.values():
-            needed |= ancestors(self.tape, value, self._store, self._codes, self._memo)
-        return needed
+        have = (self._store, self._codes, self._memo)
+        return set().union(*(ancestors(self.tape, value, *have) for value in self._alive.values()))
 
     def _closure(self, value: int) -> tuple[list[int], list[int]]:
         """Codes to unpack and operators to run, in forward order, to have ``value``."""
