@@ -19,6 +19,7 @@ BENCHMARKS: dict[str, str] = {
     "act_codec": "benchmarks.act_codec:run",
     "adacc": "benchmarks.adacc:run",
     "adacc_compiled": "benchmarks.adacc_compiled:run",
+    "expert_gemm": "benchmarks.expert_gemm:run",
     "harli": "benchmarks.harli:run",
     "tree_attention": "benchmarks.tree_attention:run",
     "yggdrasil": "benchmarks.yggdrasil:run",

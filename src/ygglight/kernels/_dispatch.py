@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,16 +35,20 @@ class KernelInfo:
 
 
 _has_kernel: dict[str, bool] = {}
+_describe: dict[str, Callable[[KernelInfo], KernelInfo]] = {}
 
 
-def register(name: str, *, has_kernel: bool) -> None:
+def register(name: str, *, has_kernel: bool, describe: Callable[[KernelInfo], KernelInfo] | None = None) -> None:
     """Names an operation; called once by each operation's package when it is imported.
 
     Args:
         name: the operation, as its folder is called.
         has_kernel: whether a Triton kernel exists beside the plain torch code.
+        describe: says in the list which of several kernels it would be; it may raise ValueError.
     """
     _has_kernel[name] = has_kernel
+    if describe is not None:
+        _describe[name] = describe
 
 
 def _override() -> str:
@@ -111,6 +116,7 @@ def list_kernels() -> list[KernelInfo]:
     for name in sorted(_has_kernel):
         try:
             info = implementation(name, "cuda" if has_device else "cpu")
+            info = _describe[name](info) if name in _describe else info
         except (RuntimeError, ValueError) as error:
             info = KernelInfo(name, "unavailable", str(error))
         if info.implementation == "reference" and not has_device and _override() == "auto":

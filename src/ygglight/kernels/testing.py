@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -75,11 +76,11 @@ def compile_ahead(fn: Any, signature: dict[str, str], constexprs: dict[str, Any]
     """Compiles a Triton kernel for an NVIDIA GPU that need not be there.
 
     Args:
-        fn: a `triton.jit` function (not the interpreter's).
+        fn: a `triton.jit` or `gluon.jit` function (not the interpreter's).
         signature: argument name to Triton type ("*bf16", "i32", "fp32", ...), constexprs left out.
         constexprs: constexpr name to value.
         target: compute capability, 80 or 90.
-        **options: launch options, e.g. num_warps=4, enable_fp_fusion=False.
+        **options: launch options, e.g. num_warps=4, num_ctas=2, enable_fp_fusion=False.
 
     Returns:
         Triton's compiled kernel: `.asm["cubin"]`, `.metadata.shared`.
@@ -90,10 +91,12 @@ def compile_ahead(fn: Any, signature: dict[str, str], constexprs: dict[str, Any]
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    # Gluon's lies beside the class of its functions; the package itself does not name it in older versions.
+    kind = getattr(sys.modules[type(fn).__module__], "GluonASTSource", ASTSource)
     names = [parameter.name for parameter in fn.params]
     types = {name: "constexpr" if name in constexprs else signature[name] for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")}
-    source = ASTSource(fn=fn, signature=types, constexprs=constexprs, attrs=aligned)
+    source = kind(fn=fn, signature=types, constexprs=constexprs, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
 
