@@ -1,0 +1,205 @@
+"""All sparse layers of a model, their experts elsewhere: drafts, target passes, and what is sent ahead between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ygglight.engines.moe_speq.layer import SparseLayer
+from ygglight.engines.moe_speq.link import CLOSED, Link, Source, open_link
+from ygglight.engines.moe_speq.lookahead import Counts, LayerView, Lookahead, plan_prefetch
+from ygglight.engines.moe_speq.slots import SlotBank
+from ygglight.engines.moe_speq.stats import Stats
+
+if TYPE_CHECKING:
+    from ygglight.engines.moe_speq.draft import DraftExperts
+    from ygglight.engines.moe_speq.layout import Site
+
+
+class _Mode(Enum):
+    TARGET, PREFILL, DRAFT = range(3)
+
+
+class Runtime:
+    """What the experts modules of an attached model call. Inference only, from one thread.
+
+    Outside of :meth:`drafting` and :meth:`window` a forward is a target pass.
+
+    Args:
+        sites: The sparse layers, in order.
+        store: Where the experts lie; who made it closes it, after the runtime.
+        slots: Experts a layer on the device.
+        staging: Slabs beside them for all layers.
+        link: Brings the experts, and is closed with the runtime; None: one that fits the device, as fast as it goes.
+        draft: What drafts; None: nothing does.
+        device: Of the slots, and of the model.
+
+    Raises:
+        ValueError: no sites, or fewer than one slot or staging slab.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        store: Source,
+        *,
+        slots: int,
+        staging: int = 2,
+        link: Link | None = None,
+        draft: DraftExperts | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not sites:
+            raise ValueError("the model has no sparse layers: use it without MoE-SpeQ")
+        self.sites, self.draft, self.device = tuple(sites), draft, torch.device(device)
+        experts = max(site.experts for site in sites)
+        self._bank = SlotBank([site.layout for site in sites], slots, staging, self.device)
+        self._link = link = link or open_link(store, self.device)
+        self.stats = Stats(len(sites), experts, link.traffic)
+        self._layers = [SparseLayer(i, site, self._bank, link, self.stats) for i, site in enumerate(sites)]
+        self._lookahead = Lookahead(len(sites), experts, self.device)
+        self._mode = _Mode.TARGET
+        self._drawn: Counts | None = None
+        self._closed = False
+        self._mark_all()
+
+    @property
+    def slots(self) -> int:
+        """Experts a layer on the device."""
+        return self._bank.slots
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of slots and staging."""
+        return self._bank.nbytes
+
+    @property
+    def link(self) -> Link:
+        """Its :attr:`~Link.speed` is measured as the model runs."""
+        return self._link
+
+    @torch.no_grad()  # a graph would hold views of slots that others are copied into
+    def forward(self, site: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """The routed experts' part of a sparse layer.
+
+        Args:
+            site: Number of the layer. hidden: ``[T, H]``. index: int64 ``[T, k]``. weights: ``[T, k]``.
+
+        Returns:
+            ``[T, H]``.
+
+        Raises:
+            OSError: an expert could not be read; the next call works. RuntimeError: the runtime is closed.
+        """
+        if self._mode is _Mode.DRAFT and self.draft is not None:
+            self._lookahead.note(site, index)
+            return self.draft.forward(self.sites[site], hidden, index, weights)
+        if self._closed:
+            raise RuntimeError(CLOSED)
+        drawn = None if self._drawn is None else self._drawn[site]
+        prefill = self._mode is _Mode.PREFILL
+        return self._layers[site].forward(hidden, index, weights, prefill=prefill, drawn=drawn)
+
+    @contextmanager
+    def drafting(self) -> Iterator[None]:
+        """Within: the draft's experts compute, and their routes are noted.
+
+        Raises:
+            RuntimeError: there is no draft.
+        """
+        if self.draft is None:
+            raise RuntimeError("there is no draft to draft with: build one, or draft nothing (k=0)")
+        before, self._mode = self._mode, _Mode.DRAFT
+        self._lookahead.empty = False
+        try:
+            yield
+        finally:
+            self._mode = before
+
+    @contextmanager
+    def window(self, *, prefill: bool) -> Iterator[None]:
+        """Within: one target pass. After it, what was noted is forgotten and no prefetch is left in the queue.
+
+        Args:
+            prefill: A prompt, which wants nearly all experts: they stream through staging and evict nothing.
+        """
+        before, self._mode = self._mode, _Mode.PREFILL if prefill else _Mode.TARGET
+        if not (prefill or self._lookahead.empty):
+            self._drawn = self._lookahead.read()
+        try:
+            yield
+        finally:
+            self._mode, self._drawn = before, None
+            self._lookahead.clear()
+            for layer in self._layers:
+                layer.withdraw()
+
+    def prefetch(self, cap: int) -> int:
+        """Send ahead what the draft has chosen since the last window and is missing; take back what it has not.
+
+        Args:
+            cap: Bytes at most.
+
+        Returns:
+            Bytes queued.
+        """
+        counts = self._lookahead.read()
+        spared, views = [], []
+        for layer, drawn in zip(self._layers, counts, strict=True):
+            layer.withdraw(drawn)
+            layer.settle()
+            spared.append(layer.cache.spared(drawn))
+            views.append(LayerView(layer.cache.residents, layer.cache.room(spared[-1]), layer.layout.nbytes))
+        sent = 0
+        for index, expert in plan_prefetch(counts, views, cap):
+            if self._layers[index].prefetch(expert, spared[index]):
+                sent += views[index].nbytes
+        return sent
+
+    def committed(self, rows: int) -> None:
+        """Tell the statistics how many rows of the last window became text, for what plain decoding would do.
+
+        Args:
+            rows: From the first on: the root and what was accepted.
+        """
+        for layer in self._layers:
+            layer.committed(rows)
+
+    def resize(self, slots: int, draft: DraftExperts | None = None) -> None:
+        """Change the number of slots, between windows; the most recently used experts stay.
+
+        Args:
+            slots: Experts a layer. draft: What drafts from now on. It is dropped first: its memory becomes slots.
+
+        Raises:
+            ValueError: fewer than one slot.
+        """
+        if slots < 1:
+            raise ValueError(f"{slots} slots a layer: give at least one")
+        self.draft = draft
+        self._lookahead.clear()
+        for layer in self._layers:
+            layer.resize(slots)
+        self._mark_all()
+
+    def clear(self) -> None:
+        """Empty all slots, between windows."""
+        self._lookahead.clear()
+        for layer in self._layers:
+            layer.clear()
+
+    def close(self) -> None:
+        """End the link. Slots stay until the runtime goes. Again: nothing."""
+        self._closed = True
+        self._link.close()
+
+    def _mark_all(self) -> None:
+        """The allocator may have taken slots from memory that the device still works in, for this thread's stream."""
+        for index, layer in enumerate(self._layers):
+            layer.mark(self._bank.slab(index, slot) for slot in range(self._bank.slots))
+        self._layers[0].mark(self._bank.staging)
