@@ -1,0 +1,168 @@
+"""Which decoder layers are made so that their attention half can run as one fused block, and with which switches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ygglight.compat.decoder_layers import why_altered
+from ygglight.kernels.cluster_decode import BlockSpec, BlockWeights
+
+# The rotary embeddings that a layer may have; which one is found by running it.
+_ROTARY = ("halves", "pairs", "none")
+_CLOSE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+
+
+class NotFusable(ValueError):
+    """The layer is made otherwise; the text says how."""
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """The attention half of a decoder layer.
+
+    Args:
+        norm: RMSNorm in front. attention: with projections of plain linear layers.
+        spec: What they compute; its rotary embedding is a guess until the layer was run.
+    """
+
+    norm: nn.Module
+    attention: nn.Module
+    spec: BlockSpec
+
+    def modules(self) -> Iterator[nn.Module]:
+        """All modules whose forward the block replaces."""
+        yield self.norm
+        yield from self.attention.modules()
+
+    def weights(self) -> BlockWeights:
+        """The layer's own parameters as they are now (a module may have been moved), by identity."""
+        attention: Any = self.attention
+        spec = self.spec
+        if hasattr(attention, "qkv_proj"):
+            sizes = [spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.kv_heads * spec.head_dim]
+            q, k, v = attention.qkv_proj.weight.split(sizes)
+            bias = attention.qkv_proj.bias
+            q_bias, k_bias, v_bias = (None, None, None) if bias is None else bias.split(sizes)
+        else:
+            linears = (attention.q_proj, attention.k_proj, attention.v_proj)
+            q, k, v = (linear.weight for linear in linears)
+            q_bias, k_bias, v_bias = (linear.bias for linear in linears)
+        output, norm = _output_of(attention), self.norm
+        assert isinstance(norm.weight, Tensor)
+        return BlockWeights(
+            norm.weight, q, k, v, output.weight, q_bias, k_bias, v_bias, output.bias,
+            q_norm=attention.q_norm.weight if spec.qk_norm else None,
+            k_norm=attention.k_norm.weight if spec.qk_norm else None,
+        )  # fmt: skip
+
+    def candidates(self, rotary_dim: int) -> list[BlockSpec]:
+        """The spec with each rotary embedding that the layer may have.
+
+        Args:
+            rotary_dim: Elements of a head that the model gives angles for.
+        """
+        if not 0 < rotary_dim <= self.spec.head_dim or rotary_dim % 2:
+            return [replace(self.spec, rotary_dim=0)]
+        return [
+            replace(self.spec, rotary_dim=0 if kind == "none" else rotary_dim, interleaved_rope=kind == "pairs")
+            for kind in _ROTARY
+        ]
+
+
+def recognise(layer: nn.Module) -> LayerParts:
+    """Reads the make of a decoder layer from its modules, and asks its norms what they compute. Reads a few numbers.
+
+    Args:
+        layer: Of any model that names its modules as Llama does (also with ``qkv_proj``, as Phi-3).
+
+    Raises:
+        NotFusable: it is made otherwise, or adapters, quantisation or hooks are in the way.
+    """
+    norm, attention = _child(layer, "input_layernorm"), _child(layer, "self_attn")
+    head_dim, scale = getattr(attention, "head_dim", None), getattr(attention, "scaling", None)
+    if not isinstance(head_dim, int) or not isinstance(scale, float):
+        raise NotFusable(f"{type(attention).__name__} names no head_dim or scaling")
+    output = _output_of(attention)
+    queries = output.in_features
+    if hasattr(attention, "qkv_proj"):
+        fused = _linear(attention, "qkv_proj")
+        states, linears = (fused.out_features - queries) // 2, [fused]
+    else:
+        linears = [_linear(attention, name) for name in ("q_proj", "k_proj", "v_proj")]
+        states = linears[1].out_features
+        if [linear.out_features for linear in linears] != [queries, states, states]:
+            raise NotFusable(f"{type(attention).__name__} projects to other sizes than heads of head_dim")
+    if queries % head_dim or states % head_dim or not states or queries % states:
+        raise NotFusable(f"{type(attention).__name__} has {queries} and {states} rows, no heads of {head_dim}")
+    for module in (layer, attention, norm):
+        _refuse_altered(module, type(module).__name__)
+    norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    owners = [norm, *linears, output, *(each for each in norms if each is not None)]
+    dtypes = {parameter.dtype for owner in owners for parameter in owner.parameters()}
+    if len(dtypes) != 1 or output.weight.is_meta:
+        raise NotFusable(f"{type(attention).__name__} has weights on meta or of several dtypes: load them in one")
+
+    eps, offset = _norm_kind(norm, linears[0].in_features)
+    qk_norm = None not in norms
+    if qk_norm:
+        for name in ("q_norm", "k_norm"):
+            if _norm_kind(_child(attention, name), head_dim) != (eps, offset):
+                raise NotFusable(f"{name} is not the RMSNorm of the layer, over heads of {head_dim}")
+    spec = BlockSpec(
+        linears[0].in_features, queries // head_dim, states // head_dim, head_dim, eps=eps, scale=scale, rotary_dim=0,
+        norm_offset=offset, qk_norm=qk_norm, softcap=getattr(attention, "attn_logit_softcapping", None),
+    )  # fmt: skip
+    return LayerParts(norm, attention, spec)
+
+
+def _child(module: nn.Module, name: str) -> nn.Module:
+    child = getattr(module, name, None)
+    if not isinstance(child, nn.Module):
+        raise NotFusable(f"{type(module).__name__} has no {name}")
+    return child
+
+
+def _output_of(attention: nn.Module) -> nn.Linear:
+    return _linear(attention, "o_proj")
+
+
+def _linear(attention: nn.Module, name: str) -> nn.Linear:
+    linear = _child(attention, name)
+    if type(linear) is not nn.Linear:  # peft's and bitsandbytes' compute something else, and some are subclasses
+        kind = f"{type(linear).__module__.split('.')[0]}'s {type(linear).__name__}"
+        raise NotFusable(f"{name} is {kind}, not a plain linear layer: merge adapters, or load without quantisation")
+    _refuse_altered(linear, name)
+    return linear
+
+
+def _refuse_altered(module: nn.Module, name: str) -> None:
+    reason = why_altered(module)
+    if reason is not None:
+        raise NotFusable(f"{name} {reason}")
+
+
+def _norm_kind(norm: nn.Module, size: int) -> tuple[float, float]:
+    """(epsilon, offset of the weights) of an RMSNorm of any class; asked by its result, for the class does not tell."""
+    name, weight = type(norm).__name__, getattr(norm, "weight", None)
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if not isinstance(weight, Tensor) or tuple(weight.shape) != (size,) or not isinstance(eps, float):
+        raise NotFusable(f"{name} is not an RMSNorm with {size} weights and an epsilon")
+    _refuse_altered(norm, name)
+    if weight.is_meta:
+        raise NotFusable(f"{name} is on meta: load the weights first")
+    # With a mean, which LayerNorm would take away, and small, so that the epsilon shows.
+    probe = (torch.linspace(0, 9, size, device=weight.device).sin() + 0.4) * (10 * eps) ** 0.5
+    with torch.no_grad():
+        actual = norm(probe.to(weight.dtype)).double()
+        exact = probe.to(weight.dtype).double()
+        exact = exact * torch.rsqrt(exact.square().mean() + eps)
+        for offset in (0.0, 1.0):
+            expected = exact * (weight.double() + offset)
+            if bool((actual - expected).norm() <= _CLOSE.get(weight.dtype, 3e-2) * expected.norm()):
+                return eps, offset
+    raise NotFusable(f"{name} computes something else than an RMSNorm")

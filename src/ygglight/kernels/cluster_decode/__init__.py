@@ -1,0 +1,79 @@
+"""The attention half of a decoder layer for one new token: norm, projections, rotary, KV append, attention, output.
+
+One fused block in the manner of ClusterFusion (arXiv:2508.18850), for the steps of plain decoding that move weights and
+cache once and compute next to nothing.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ygglight.kernels import _dispatch
+from ygglight.kernels.cluster_decode.checks import check_inputs
+from ygglight.kernels.cluster_decode.choose import Choice, Path, choose_path, describe
+from ygglight.kernels.cluster_decode.reference import decode_block_reference
+from ygglight.kernels.cluster_decode.spec import BlockSpec, BlockWeights
+
+__all__ = [
+    "BlockSpec", "BlockWeights", "Choice", "Path", "choose_path", "decode_block", "decode_block_reference",
+]  # fmt: skip
+
+_dispatch.register("cluster_decode", has_kernel=True, describe=describe)
+
+
+def decode_block(
+    x: Tensor,
+    weights: BlockWeights,
+    spec: BlockSpec,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    *,
+    mask: Tensor | None = None,
+    slots: Tensor | None = None,
+) -> Tensor:
+    """Runs one new token of each sequence through the block; forward only.
+
+    A token attends to itself and to every committed slot that is below its length, inside the window, allowed by the
+    mask and not the slot that ``slots`` writes. Slots at or beyond the length and that of ``slots`` may hold anything;
+    those that only the mask hides must be finite, for they are multiplied by zero. Nothing is read from the device and
+    all sizes follow from shapes, so calls can be recorded in a CUDA graph; the same input gives the same bits.
+
+    Args:
+        x: ``[B, hidden]``, the residual stream before the norm; float16, bfloat16, float32 or float64.
+        weights: In the dtype of ``x``.
+        spec: Sizes and switches.
+        cos: ``[B, rotary_dim]``, of the new token's position. The angle of pair i is element i: the second half of
+            what rotary modules of transformers give repeats the first, and is not read. sin: the same.
+        keys: ``[B, kv_heads, C, head_dim]``, a view of any cache in any strides; C may be 0. values: the same.
+        lengths: int32 ``[B]`` on the device, committed tokens; no slot at or beyond it is read.
+        new_keys: ``[B, kv_heads, head_dim]`` in any strides, where the new token's key goes: fresh memory, or a slot
+            of the cache. new_values: the same.
+        mask: ``[B or 1, C]``: bool, True where the new token attends; or floating, added to the scores.
+        slots: int32 or int64 ``[B]`` on the device. Then ``new_keys`` and ``new_values`` are whole caches
+            ``[B, kv_heads, C', head_dim]``, and the token goes to this slot: what a CUDA graph needs, where a view of
+            a slot would be the same slot at each replay.
+
+    Returns:
+        ``[B, output size]`` in the dtype of ``x``, before the residual is added.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or a gradient would be needed.
+        RuntimeError: YGGLIGHT_KERNELS=triton where no kernel can run.
+    """
+    check_inputs(x, weights, spec, cos, sin, keys, values, lengths, new_keys, new_values, mask, slots)
+    inputs = (x, weights, spec, cos, sin, keys, values, lengths, new_keys, new_values, mask, slots)
+    path = choose_path(spec, x.dtype, x.device, batch=len(x), mask=None if mask is None else mask.dtype).path
+    if path == "torch":
+        return decode_block_reference(*inputs)
+    if path == "split_k":
+        from ygglight.kernels.cluster_decode import split_k
+
+        return split_k.launch(*inputs)
+    from ygglight.kernels.cluster_decode import cluster
+
+    return cluster.launch(*inputs)

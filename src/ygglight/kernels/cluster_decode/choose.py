@@ -1,0 +1,150 @@
+"""Which implementation of the decode block runs, and why; Triton is not imported to find out."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal, get_args
+
+import torch
+
+from ygglight.kernels import _dispatch
+from ygglight.kernels.cluster_decode.spec import BlockSpec
+
+ENVIRONMENT_VARIABLE = "YGGLIGHT_CLUSTER_DECODE"
+"""Narrows what YGGLIGHT_KERNELS leaves open: auto, or one path."""
+CLUSTER_TRITON = (3, 8)
+"""Before it neither reductions nor layout conversions cross the blocks of a cluster (triton-lang/triton#9221)."""
+CLUSTER_CAPABILITY = (9, 0)
+"""The cluster block was compiled and checked for Hopper only."""
+CLUSTER_HEAD_DIMS = (64, 80, 96, 128, 256)
+CLUSTER_BATCH = 8
+"""Most sequences of the cluster block. A guess until measured: each has clusters of its own, which share L2 alone."""
+MAX_HEAD_DIM = 256
+"""Largest head of the Triton kernels."""
+MAX_GROUP = 64
+"""Most query heads of a key head: one program has them all."""
+
+Path = Literal["torch", "split_k", "cluster"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs.
+
+    Args:
+        path: "cluster" (one kernel on thread-block clusters), "split_k" (plain Triton) or "torch" (the reference).
+        reason: One line that says why.
+    """
+
+    path: Path
+    reason: str
+
+
+def choose_path(
+    spec: BlockSpec, dtype: torch.dtype, device: torch.device, *, batch: int = 1, mask: torch.dtype | None = None
+) -> Choice:
+    """Decides what runs a block.
+
+    Args:
+        spec: Of the block. dtype: of its tensors. device: where they are. batch: sequences.
+        mask: Dtype of the mask, None without one.
+
+    Raises:
+        RuntimeError: an environment variable asks for what cannot run here.
+        ValueError: an environment variable holds an unknown word.
+    """
+    wish = _wish()
+    if wish == "torch":
+        return Choice("torch", f"{ENVIRONMENT_VARIABLE}=torch")
+    info = _dispatch.implementation("cluster_decode", device.type)
+    obstacle = info.reason if info.implementation != "triton" else _why_no_kernel(spec, dtype)
+    if obstacle is not None:
+        choice = Choice("torch", obstacle)
+    elif wish == "split_k":
+        choice = Choice("split_k", f"{ENVIRONMENT_VARIABLE}=split_k")
+    else:
+        obstacle = _why_no_clusters(device) or _why_no_cluster_block(spec, dtype, batch, mask)
+        choice = Choice("cluster", _clusters_run()) if obstacle is None else Choice("split_k", obstacle)
+    if wish not in ("auto", choice.path):
+        raise RuntimeError(f"{ENVIRONMENT_VARIABLE}={wish} cannot run here ({choice.reason}): unset it")
+    return choice
+
+
+def describe(info: _dispatch.KernelInfo) -> _dispatch.KernelInfo:
+    """The entry of `ygglight doctor` with the path that this machine's first device takes.
+
+    Args:
+        info: From :func:`ygglight.kernels._dispatch.implementation`.
+    """
+    if info.implementation != "triton":
+        return info
+    wish = _wish()
+    if wish != "auto":
+        kind = "reference" if wish == "torch" else info.implementation
+        return _dispatch.KernelInfo(info.name, kind, f"{ENVIRONMENT_VARIABLE}={wish}")
+    obstacle = _why_no_clusters(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    reason = f"cluster: {_clusters_run()}" if obstacle is None else f"split_k: {obstacle}"
+    return _dispatch.KernelInfo(info.name, info.implementation, reason)
+
+
+def _wish() -> str:
+    word = os.environ.get(ENVIRONMENT_VARIABLE, "auto").strip().lower() or "auto"
+    known = ("auto", *get_args(Path))
+    if word not in known:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}={word!r} is not one of {', '.join(known)}: unset it or mend it")
+    return word
+
+
+def _why_no_kernel(spec: BlockSpec, dtype: torch.dtype) -> str | None:
+    if dtype is torch.float64:
+        return "float64 is the reference's alone"
+    if spec.head_dim > MAX_HEAD_DIM:
+        return f"heads of {spec.head_dim} are above the kernels' {MAX_HEAD_DIM}"
+    if spec.group > MAX_GROUP:
+        return f"{spec.group} query heads a key head are above the kernels' {MAX_GROUP}"
+    return None
+
+
+def _why_no_clusters(device: torch.device) -> str | None:
+    found = _triton_version()
+    if found < CLUSTER_TRITON:
+        return f"Triton {'.'.join(map(str, found))} has no reductions across a cluster, {_dotted(CLUSTER_TRITON)} has"
+    if device.type != "cuda":
+        return "clusters are not interpreted"
+    if torch.version.hip is not None:
+        return "ROCm has no thread-block clusters"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != CLUSTER_CAPABILITY:
+        return f"compute capability {_dotted(capability)}, the cluster block is for {_dotted(CLUSTER_CAPABILITY)}"
+    return None
+
+
+def _why_no_cluster_block(spec: BlockSpec, dtype: torch.dtype, batch: int, mask: torch.dtype | None) -> str | None:
+    if batch > CLUSTER_BATCH:
+        return f"{batch} sequences would each read the weights anew in the cluster block"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"the cluster block takes float16 and bfloat16, not {dtype}"
+    if spec.head_dim not in CLUSTER_HEAD_DIMS:
+        return f"the cluster block has no heads of {spec.head_dim}"
+    if mask not in (None, torch.bool):
+        return f"the cluster block takes masks of bool, not {mask}"
+    return None
+
+
+def _clusters_run() -> str:
+    return f"Triton {_dotted(_triton_version())} on compute capability {_dotted(CLUSTER_CAPABILITY)}"
+
+
+def _dotted(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))
+
+
+@functools.cache
+def _triton_version() -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in version("triton").split("+")[0].split(".")[:2])
+    except (PackageNotFoundError, ValueError):  # built from source without a number: the plain kernels run anywhere
+        return (0, 0)

@@ -1,0 +1,147 @@
+"""The decode block of multi-head latent attention (DeepSeek-V2, arXiv:2405.04434), with absorbed weights, in torch.
+
+A token's keys and values are one latent vector for all heads, and one rotated key part. Expanding the latents of the
+whole context to keys and values at each step would cost heads times as much as reading them. So the two halves of
+``kv_b`` are moved to the other side of the products: queries are projected down to the latent space, where they meet
+the cache as it is, and so are outputs projected up after the weighted sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """Sizes of the block.
+
+    Args:
+        hidden: size of the residual stream. heads: query heads.
+        nope_dim: elements of a query head that are not rotated. rope_dim: those that are.
+        value_dim: of a value head. latent: of the compressed keys and values.
+        eps: of the norm in front. latent_eps: of the norms of latents. scale: of the scores.
+    """
+
+    hidden: int
+    heads: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    latent: int
+    eps: float
+    latent_eps: float
+    scale: float
+
+
+@dataclass(frozen=True)
+class LatentWeights:
+    """The model's own tensors.
+
+    Args:
+        norm: ``[hidden]``.
+        q: ``[heads * (nope_dim + rope_dim), hidden]``, or over the query latent where ``q_a`` is given.
+        kv_a: ``[latent + rope_dim, hidden]``. kv_a_norm: ``[latent]``.
+        kv_b: ``[heads * (nope_dim + value_dim), latent]``. o: ``[output size, heads * value_dim]``.
+        q_a: ``[query latent, hidden]`` or None. q_a_norm: ``[query latent]``, with ``q_a``.
+        q_a_bias: Of ``q_a``, or None; so are kv_a_bias and o_bias.
+    """
+
+    norm: Tensor
+    q: Tensor
+    kv_a: Tensor
+    kv_a_norm: Tensor
+    kv_b: Tensor
+    o: Tensor
+    q_a: Tensor | None = None
+    q_a_norm: Tensor | None = None
+    q_a_bias: Tensor | None = None
+    kv_a_bias: Tensor | None = None
+    o_bias: Tensor | None = None
+
+
+def absorb(kv_b: Tensor, spec: LatentSpec) -> tuple[Tensor, Tensor]:
+    """The two halves of ``kv_b``: ``[heads, nope_dim, latent]`` for queries, ``[heads, value_dim, latent]``; views.
+
+    Args:
+        kv_b: See :class:`LatentWeights`. spec: Of the block.
+    """
+    up, down = kv_b.view(spec.heads, spec.nope_dim + spec.value_dim, spec.latent).split(
+        [spec.nope_dim, spec.value_dim], dim=1
+    )
+    return up, down
+
+
+def latent_block_reference(
+    x: Tensor,
+    weights: LatentWeights,
+    spec: LatentSpec,
+    cos: Tensor,
+    sin: Tensor,
+    latents: Tensor,
+    rotated: Tensor,
+    lengths: Tensor,
+    new_latents: Tensor,
+    new_rotated: Tensor,
+    *,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Runs one new token of each sequence through the block; arithmetic in float32 (float64 for float64).
+
+    Args:
+        x: ``[B, hidden]``, the residual stream before the norm.
+        weights: In the dtype of ``x``. spec: Sizes.
+        cos: ``[B, rope_dim / 2]`` of the new token's position, for the pairs (2i, 2i + 1). sin: the same.
+        latents: ``[B, C, latent]``, normed latents of the committed tokens. rotated: ``[B, C, rope_dim]``, their key
+            parts. lengths: int32 ``[B]``, committed tokens.
+        new_latents: ``[B, latent]``, where the new token's go. new_rotated: ``[B, rope_dim]``.
+        mask: bool ``[B or 1, C]``, True where the new token attends; it always attends to itself.
+
+    Returns:
+        ``[B, output size]`` in the dtype of ``x``, before the residual is added.
+    """
+    batch, work = len(x), torch.promote_types(x.dtype, torch.float32)
+    cos, sin = cos.to(work)[:, None], sin.to(work)[:, None]
+
+    def project(state: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(state, weight.to(work), None if bias is None else bias.to(work))
+
+    normed = _rms_norm(x.to(work), weights.norm, spec.eps)
+    query = normed
+    if weights.q_a is not None and weights.q_a_norm is not None:
+        query = _rms_norm(project(normed, weights.q_a, weights.q_a_bias), weights.q_a_norm, spec.latent_eps)
+    query = project(query, weights.q).view(batch, spec.heads, spec.nope_dim + spec.rope_dim)
+    query_nope, query_rope = query.split([spec.nope_dim, spec.rope_dim], dim=-1)
+    latent, key_rope = project(normed, weights.kv_a, weights.kv_a_bias).split([spec.latent, spec.rope_dim], dim=-1)
+    latent = _rms_norm(latent, weights.kv_a_norm, spec.latent_eps).to(x.dtype)
+    key_rope = _rotate(key_rope[:, None], cos, sin)[:, 0].to(x.dtype)
+    query_rope = _rotate(query_rope, cos, sin)
+
+    seen = torch.arange(latents.shape[1], device=x.device) < lengths[:, None]
+    if mask is not None:
+        seen = seen & mask
+    # A weight of zero does not hide a NaN in memory that nobody has written yet.
+    all_latents, all_rotated = (
+        torch.cat((cached.masked_fill(~seen[..., None], 0.0), new[:, None]), dim=1).to(work)
+        for cached, new in ((latents, latent), (rotated, key_rope))
+    )
+    up, down = (half.to(work) for half in absorb(weights.kv_b, spec))
+    absorbed = torch.einsum("bhn,hnl->bhl", query_nope, up)
+    scores = (absorbed @ all_latents.mT + query_rope @ all_rotated.mT) * spec.scale
+    scores = scores.masked_fill(~F.pad(seen, (0, 1), value=True)[:, None], -torch.inf)
+    attended = torch.einsum("bhl,hvl->bhv", torch.softmax(scores, dim=-1) @ all_latents, down)
+    new_latents.copy_(latent)
+    new_rotated.copy_(key_rope)
+    return project(attended.flatten(1).to(x.dtype).to(work), weights.o, weights.o_bias).to(x.dtype)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
