@@ -16,7 +16,10 @@ __version__ = "0.1.0"
 
 _SUBPACKAGES = ("callbacks", "data", "engines", "kernels", "modules", "strategies")
 
-_FUNCTIONS = {"yggdrasil": "ygglight.engines.yggdrasil.generate:TreeGenerate"}
+_FUNCTIONS = {
+    "moe_speq": "ygglight.engines.moe_speq.generate:MoESpeQGenerate",
+    "yggdrasil": "ygglight.engines.yggdrasil.generate:TreeGenerate",
+}
 """`model.generate(..., custom_generate=ygglight.yggdrasil(draft))`: systems in the form in which others take them."""
 
 __all__ = ["__version__", *_FUNCTIONS, *_SUBPACKAGES]

@@ -66,6 +66,11 @@ STRATEGIES: tuple[StrategyRow, ...] = (
         "Harli on one device: finetune a LoRA adapter while clients are served from the same weights, within a target",
     ),
     StrategyRow(
+        "moe_speq",
+        "ygglight.strategies.moe_speq:MoESpeQStrategy",
+        "MoE-SpeQ on one device: experts that do not fit lie in host memory or on disk, and are fetched ahead",
+    ),
+    StrategyRow(
         "yggdrasil",
         "ygglight.strategies.yggdrasil:YggdrasilStrategy",
         "Yggdrasil on one device: generate drafts a tree of tokens and verifies it in one pass; same text, sooner",
@@ -79,6 +84,7 @@ STRATEGY_CLASSES: dict[str, str] = {
     "AdaccDDPStrategy": "ygglight.strategies.adacc:AdaccDDPStrategy",
     "AdaccModelParallelStrategy": "ygglight.strategies.adacc:AdaccModelParallelStrategy",
     "HarliStrategy": "ygglight.strategies.harli:HarliStrategy",
+    "MoESpeQStrategy": "ygglight.strategies.moe_speq:MoESpeQStrategy",
     "YggdrasilStrategy": "ygglight.strategies.yggdrasil:YggdrasilStrategy",
 }
 

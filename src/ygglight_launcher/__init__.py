@@ -30,6 +30,7 @@ VERBS: dict[str, Verb] = {
     "test": Verb(_LIGHTNING, "test a module"),
     "predict": Verb(_LIGHTNING, "generate or infer"),
     "plan": Verb("ygglight.cli.plan:main", "profile and solve, print the plan and its predicted peak, train nothing"),
+    "convert": Verb("ygglight.cli.convert:main", "write files that runs would else make: the draft of a MoE"),
     "demo": Verb("ygglight.cli.demo:main", "show what the systems do, with a real model"),
     "recipes": Verb("ygglight_launcher.recipes:main", "list the recipes that --config knows by name"),
     "doctor": Verb("ygglight.cli.doctor:main", "versions, device, kernels, missing extras"),

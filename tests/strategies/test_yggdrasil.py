@@ -129,7 +129,7 @@ Told = list[str]
 def told(monkeypatch: pytest.MonkeyPatch) -> Told:
     """What the strategy said at the end."""
     lines: Told = []
-    monkeypatch.setattr("ygglight.strategies.yggdrasil.rank_zero_info", lines.append)
+    monkeypatch.setattr("ygglight.strategies.generating.rank_zero_info", lines.append)
     return lines
 
 

@@ -8,8 +8,10 @@ from ygglight.registry import load
 
 _CLASSES = {
     "AdaccMonitor": "ygglight.callbacks.adacc_monitor:AdaccMonitor",
+    "ClusterFusion": "ygglight.callbacks.cluster_fusion:ClusterFusion",
     "GenerationWriter": "ygglight.callbacks.generation_writer:GenerationWriter",
     "HarliMonitor": "ygglight.callbacks.harli_monitor:HarliMonitor",
+    "MoESpeQMonitor": "ygglight.callbacks.moe_speq_monitor:MoESpeQMonitor",
 }
 
 __all__ = list(_CLASSES)

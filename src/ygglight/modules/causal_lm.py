@@ -56,6 +56,8 @@ class CausalLM(L.LightningModule):
         config_overrides: Changed fields of the model's configuration, e.g. ``{"num_hidden_layers": 4}`` to keep the
             first four layers only.
         seed: Of random weights and of fresh LoRA adapters.
+        experts: ``disk`` leaves the routed experts of a mixture of experts in the files, so that the model may be larger
+            than the memory. It can then predict under MoESpeQStrategy, and nothing else.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class CausalLM(L.LightningModule):
         init: Literal["pretrained", "random"] = "pretrained",
         config_overrides: dict[str, Any] | None = None,
         seed: int = 0,
+        experts: Literal["memory", "disk"] = "memory",
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -109,6 +112,9 @@ class CausalLM(L.LightningModule):
         if self.model is not None:
             return
         p, mesh = self._p, self.device_mesh
+        if p.experts == "disk":
+            self.model = network.load_without_experts(self.directory, p.dtype, p.attention)
+            return
         if mesh is not None and p.quantization:
             raise ValueError("quantised weights cannot be sharded: drop `quantization`, or use strategy='ddp'")
         with torch.random.fork_rng(devices=[]):

@@ -20,7 +20,9 @@ _CHOICES = {
     "dtype": ("float32", "bfloat16", "float16", "auto"),
     "loss": ("chunked", "full"),
     "init": ("pretrained", "random"),
+    "experts": ("memory", "disk"),
 }
+_WHOLE = {"lora": None, "quantization": None, "init": "pretrained", "config_overrides": None}
 _LEAST = {"learning_rate": 0, "weight_decay": 0, "warmup_steps": 0, "max_new_tokens": 1}
 
 
@@ -36,6 +38,10 @@ def check_arguments(p: Mapping[str, Any]) -> None:
     for name, least in _LEAST.items():
         if p[name] < least:
             raise ValueError(f"{name}={p[name]} must be at least {least}")
+    if p["experts"] == "disk":
+        changed = [name for name, default in _WHOLE.items() if p[name] != default]
+        if changed:
+            raise ValueError(f"experts='disk' runs a model as its files have it: drop {', '.join(changed)}")
     if p["quantization"] and p["init"] == "random":
         raise ValueError("quantization applies to pretrained weights: drop init='random'")
     if p["quantization"] and not torch.cuda.is_available():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,24 @@ from torch.distributed.device_mesh import DeviceMesh
 from ygglight.compat import transformers as hf
 from ygglight.compat.extras import require
 
-__all__ = ["add_lora", "prepare_quantized", "shard"]
+__all__ = ["add_lora", "load_without_experts", "prepare_quantized", "shard"]
+
+
+def load_without_experts(directory: Path, dtype: str, attention: str) -> nn.Module:
+    """Load a mixture of experts whose routed experts stay in its files, for MoESpeQStrategy to read them there.
+
+    Args:
+        directory: A Hugging Face model directory. dtype: Of the weights, by name, or "auto". attention: See CausalLM.
+
+    Returns:
+        The model; where its experts are is its ``expert_store``.
+    """
+    from ygglight.engines.moe_speq.checkpoint import load_without_experts as load
+
+    model, store = load(directory, dtype if dtype == "auto" else getattr(torch, dtype))
+    model.set_attn_implementation(attention)
+    model.expert_store = store
+    return model  # type: ignore[no-any-return]
 
 
 def add_lora(model: nn.Module, lora: dict[str, Any], seed: int, *, cast_adapters: bool = True) -> nn.Module:

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from ygglight.compat.generation import generation_models
 from ygglight.engines.yggdrasil.drafts import check_draft
-from ygglight.engines.yggdrasil.generate import TreeGenerate, routed
+from ygglight.engines.yggdrasil.generate import TreeGenerate
 from ygglight.engines.yggdrasil.predictor import DepthPredictor
 from ygglight.engines.yggdrasil.report import Report
-from ygglight.strategies.base import OneDeviceStrategy
 from ygglight.strategies.draft_files import load_draft
+from ygglight.strategies.generating import GeneratingStrategy
 
-log = logging.getLogger(__name__)
 
-
-class YggdrasilStrategy(OneDeviceStrategy):
+class YggdrasilStrategy(GeneratingStrategy):
     """Same text, sooner: ``generate`` drafts a tree of tokens and verifies it in one pass of the model.
 
     Inside each predict, validation and test step, and nowhere else, ``generate`` of every causal language model of
@@ -56,7 +47,7 @@ class YggdrasilStrategy(OneDeviceStrategy):
         precision_plugin: Set by the Trainer.
     """
 
-    resident: ClassVar[bool] = True
+    name: ClassVar[str] = "yggdrasil"
 
     def __init__(
         self,
@@ -77,47 +68,21 @@ class YggdrasilStrategy(OneDeviceStrategy):
         checkpoint_io: Any = None,
         precision_plugin: Any = None,
     ) -> None:
-        super().__init__(accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin)
+        super().__init__(progress, enabled, accelerator, checkpoint_io, precision_plugin)
         self._options: dict[str, Any] = {
             "tree": tree, "plan": plan, "max_depth": max_depth, "max_width": max_width, "max_verify": max_verify,
             "predictor": predictor, "log": log, "max_tokens": max_tokens, "compile": compile,
         }  # fmt: skip
         TreeGenerate("lookup", **self._options)  # raises on bad numbers before anything is loaded
         self._draft, self._draft_dtype = draft, draft_dtype
-        self._progress, self._enabled = progress, enabled
-        self._methods: dict[str, TreeGenerate] = {}
-        self._models: dict[str, Any] = {}
-        self._bar: Any = None
-        self._told = self._fits = False
 
-    # -- setting up --------------------------------------------------------------------------------------------------
-    def setup(self, trainer: Trainer) -> None:
-        """Find the generation models and load their drafts.
+    def _make_methods(self, named: Mapping[str, Any]) -> dict[str, Any]:
+        """A tree with its draft for each model, or for those that ``draft`` names.
 
         Raises:
-            TypeError: there is no generation model. ValueError: a draft does not fit its model.
+            ValueError: a draft does not fit its model, or belongs to none.
         """
-        super().setup(trainer)
-        self._models, self._methods, self._told = {}, {}, False
-        if not self._enabled:
-            return
-        self._fits = trainer.state.fn == TrainerFn.FITTING
-        module: Any = self.lightning_module
-        named = {name: m for name, m in module.named_modules() if any(m is g for g in generation_models(module))}
-        if not named:
-            if self._fits:
-                return  # nothing to speed up, but then fit did not ask for it
-            raise TypeError(
-                f"{type(module).__name__} holds no causal language model of transformers, so there is no `generate` to "
-                "speed up: use another strategy, or load the model before predict starts (in configure_model)"
-            )
-        for name, draft in self._drafts(named).items():
-            self._models[name] = named[name]
-            self._methods[name] = self._method(named[name], draft)
-        if self._shows_progress(trainer):
-            from tqdm.auto import tqdm
-
-            self._bar = tqdm(desc="tokens", unit=" tokens", position=1, leave=False)
+        return {name: self._method(named[name], draft) for name, draft in self._drafts(named).items()}
 
     def _drafts(self, named: Mapping[str, nn.Module]) -> dict[str, Any]:
         if not isinstance(self._draft, Mapping):
@@ -140,52 +105,8 @@ class YggdrasilStrategy(OneDeviceStrategy):
         if predictor is not None:  # the engine reads it, too; here a wrong one is found before the first step
             hidden = int(model.config.get_text_config(decoder=True).hidden_size)
             DepthPredictor.load(predictor).check(hidden, predictor)
-        method = TreeGenerate(draft, **self._options)
-        method.on_tokens = self._count
-        return method
+        return TreeGenerate(draft, **self._options)
 
-    def _shows_progress(self, trainer: Trainer) -> bool:
-        if self._progress is not None:
-            return self._progress
-        bar = trainer.progress_bar_callback
-        return not self._fits and bar is not None and bool(getattr(bar, "is_enabled", True))
-
-    def _count(self, tokens: int) -> None:
-        if self._bar is not None:
-            self._bar.update(tokens)
-
-    # -- the steps ---------------------------------------------------------------------------------------------------
-    @contextmanager
-    def _generating(self) -> Iterator[None]:
-        if not self._methods:
-            yield
-            return
-        with _all(routed([self._models[name]], method) for name, method in self._methods.items()):
-            yield
-
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's, with ``generate`` by the tree."""
-        with self._generating():
-            return super().predict_step(*args, **kwargs)
-
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's, with ``generate`` by the tree."""
-        with self._generating():
-            return super().validation_step(*args, **kwargs)
-
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's, with ``generate`` by the tree."""
-        with self._generating():
-            return super().test_step(*args, **kwargs)
-
-    def on_validation_end(self) -> None:
-        """Inside a fit, give the caches back: training needs the memory."""
-        if self._fits:
-            for method in self._methods.values():
-                method.release()
-        super().on_validation_end()
-
-    # -- the end -----------------------------------------------------------------------------------------------------
     @property
     def report(self) -> Report:
         """What was generated, over all models."""
@@ -193,30 +114,3 @@ class YggdrasilStrategy(OneDeviceStrategy):
         for method in self._methods.values():
             total.add(method.report)
         return total
-
-    def teardown(self) -> None:
-        """Say what was done; give the caches back."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-        if not self._told:
-            self._told = True
-            for name, method in self._methods.items():
-                if method.report.generations or method.report.fallbacks:
-                    rank_zero_info(f"yggdrasil, {name}:\n{method.report.table()}")
-                method.release()
-            if not self._enabled:
-                rank_zero_info("yggdrasil: off (enabled=False): transformers generated everything")
-        if torch.cuda.is_available() and self.root_device.type == "cuda":
-            torch.cuda.empty_cache()
-        super().teardown()
-
-
-@contextmanager
-def _all(contexts: Iterator[Any]) -> Iterator[None]:
-    from contextlib import ExitStack
-
-    with ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
-        yield

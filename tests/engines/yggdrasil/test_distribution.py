@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from ygglight.engines.decode.drawing import sample
 from ygglight.engines.yggdrasil.tree import Growth, TokenTree
-from ygglight.engines.yggdrasil.verify import accept, sample, walk
+from ygglight.engines.yggdrasil.verify import accept, walk
 
 VOCABULARY, LENGTH, DRAWS = 5, 4, 200_000
 WIDTH, DEPTH = 2, 2

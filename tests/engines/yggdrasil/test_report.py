@@ -1,21 +1,19 @@
-"""What a run says about itself: counts that add up, a table that can be read, and a clock that forgets no time."""
+"""What a run says about itself: counts that add up, and a table that can be read."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from ygglight.engines.yggdrasil import report as module
 from ygglight.engines.yggdrasil.config import PLANS, StagePlan
 from ygglight.engines.yggdrasil.generate import TreeGenerate
 from ygglight.engines.yggdrasil.plans import ROUNDS, TURN, PlanTrial
-from ygglight.engines.yggdrasil.report import Clock, Report
+from ygglight.engines.yggdrasil.report import Report
 
 from .conftest import plain, prompts
 
@@ -111,24 +109,6 @@ def test_fallbacks_and_notes_have_lines_of_their_own() -> None:
 def test_an_empty_report_has_a_table() -> None:
     rows = text_of(Report())
     assert rows["new tokens"] == "0" and "time" not in rows and rows["trees, width x depth"] == "none"
-
-
-# -- the clock -------------------------------------------------------------------------------------------------------
-def test_all_time_is_somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    report = Report()
-    clock = Clock(report, torch.device("cpu"))
-    for stage, seconds, between in (("prefill", 1.0, 0.25), ("draft", 2.0, 0.5), ("verify", 3.0, 0.0)):
-        with clock.stage(stage):
-            now[0] += seconds
-        now[0] += between
-    with pytest.raises(KeyError), clock.stage("draft"):
-        now[0] += 0.125
-        raise KeyError("time is counted all the same")
-    clock.close()
-    assert report.seconds == {"prefill": 1.0, "draft": 2.125, "verify": 3.0, "host": 0.75}
-    assert report.decode_seconds == 5.875
 
 
 # -- a run -----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from ygglight.engines.decode import attention
 from ygglight.engines.decode.cache import SlotCache
 from ygglight.engines.decode.call import ModelCall, Step
+from ygglight.engines.decode.fusion import SingleSteps
 from ygglight.engines.decode.graphs import Graphs
 
 PREFILL_CHUNK = 512
@@ -33,10 +36,19 @@ class Decoder:
         batch: Sequences.
         graphs: Replay a CUDA graph a width (widths up to 128 tokens); default: on CUDA. Not on a CPU.
         compile: Run the model's forward through ``torch.compile`` with static shapes.
+        fused: Run passes of one token a sequence with the attention half of each layer as one block
+            (:mod:`ygglight.engines.decode.fusion`); default: where recorded passes measure faster so. Not if compiled.
     """
 
     def __init__(
-        self, model: Any, capacity: int, *, batch: int = 1, graphs: bool | None = None, compile: bool = False
+        self,
+        model: Any,
+        capacity: int,
+        *,
+        batch: int = 1,
+        graphs: bool | None = None,
+        compile: bool = False,
+        fused: bool | None = None,
     ) -> None:
         self._call = ModelCall(model, compile=compile)
         self.model: Any = model
@@ -56,6 +68,11 @@ class Decoder:
         self._windowed = any(window is not None for window in self.kinds.values())
         on = self.device.type == "cuda" if graphs is None else graphs
         self._graphs = Graphs(self._run) if on and self.device.type == "cuda" else None
+        key = {"capacity": capacity, "batch": batch}
+        self.single = SingleSteps(model, self.device, False if compile else fused, key)
+        """How passes of one token run, and why."""
+        self.replays = True
+        """Whether passes may come from graphs now: one in which the host reads what the device found cannot."""
 
     # -- the forward -------------------------------------------------------------------------------------------------
     def forward(
@@ -76,7 +93,9 @@ class Decoder:
             last_only: Logits of the last token alone, ``[B, 1, V]``.
         """
         self.forwards += 1
-        if self._graphs is not None and not last_only and tokens.shape[1] <= attention.MAX_TREE:
+        if self._graphs is not None and self.replays and not last_only and tokens.shape[1] <= attention.MAX_TREE:
+            if tokens.shape[1] == 1:
+                self.single.decide(partial(self._trial, tokens, positions, slots, masks))
             return self._graphs(tokens, positions, slots, masks)
         return self._run(tokens, positions, slots, masks, last_only)
 
@@ -84,7 +103,21 @@ class Decoder:
         self, tokens: Tensor, positions: Tensor, slots: Tensor, masks: dict[str, Tensor], last_only: bool = False
     ) -> Step:
         self.cache.slots, self.cache.visible = slots, next(iter(masks.values())).shape[-1]
-        return self._call(tokens, positions, masks, self.cache, last_only=last_only)
+        with self.single.around(tokens.shape[1]):
+            return self._call(tokens, positions, masks, self.cache, last_only=last_only)
+
+    def _trial(
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, masks: dict[str, Tensor]
+    ) -> Callable[[], object]:
+        """This pass as it would be over half of the cache, recorded; it writes nothing that the pass will not."""
+        seen = {}
+        for kind, window in self.kinds.items():
+            columns = torch.arange(masks[kind].shape[-1], device=self.device)
+            half = len(columns) // 2
+            seen[kind] = masks[kind] | ((columns < half) & (columns >= half - (half if window is None else window)))
+        step = partial(Graphs(self._run), tokens, positions, slots, seen)
+        step()
+        return step
 
     # -- one sequence ------------------------------------------------------------------------------------------------
     def reset(self) -> None:
@@ -169,6 +202,14 @@ class Decoder:
         self.length += count
         if self._windowed:
             self._where.copy_(self._columns)
+
+    def advance(self, count: int) -> None:
+        """Commit the first nodes of a chain, which lie where the text goes on: nothing moves.
+
+        Args:
+            count: How many.
+        """
+        self.length += count
 
     def crop(self, length: int) -> None:
         """Shorten the text to its first ``length`` tokens."""

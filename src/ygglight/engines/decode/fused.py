@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
@@ -20,7 +20,7 @@ from ygglight.compat.transformers import decoder_layers, unwrap
 from ygglight.engines.decode import attention
 from ygglight.engines.decode.places import Lengths, Place, place
 from ygglight.engines.decode.recognise import LayerParts, NotFusable, recognise
-from ygglight.kernels.cluster_decode import BlockSpec, decode_block
+from ygglight.kernels.cluster_decode import BlockSpec, choose_path, decode_block
 
 _WITHOUT_SOFTCAP = "sdpa"
 """Transformers' sdpa drops a soft cap (5.17); what replaces it has to do as it does."""
@@ -77,6 +77,15 @@ class FusedAttention:
         return len(self._layers)
 
     @property
+    def paths(self) -> list[str]:
+        """Which implementation each fused layer runs by default, in the order of the layers."""
+        weights = [layer.parts.norm.weight for layer in self._layers]
+        return [
+            choose_path(layer.spec, weight.dtype, weight.device).path  # type: ignore[arg-type, union-attr]
+            for layer, weight in zip(self._layers, weights, strict=True)
+        ]
+
+    @property
     def calls(self) -> int:
         """How often any layer ran fused, on the host's side: a CUDA graph counts once, when it is recorded."""
         return sum(layer.calls for layer in self._layers)
@@ -113,7 +122,7 @@ class FusedAttention:
         tokens = (torch.arange(_PROMPT + 1, device=model.device) * 7 + 3)[None] % int(config.vocab_size)
         self.install()
         try:
-            with _evaluating(model), torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+            with evaluating(model), torch.no_grad(), torch.autocast(model.device.type, enabled=False):
                 model(input_ids=tokens[:, :_PROMPT], past_key_values=cache, use_cache=True)
                 for layer in self._layers:
                     layer.why_different = "the model does not run it one token at a time with a cache it knows"
@@ -145,17 +154,21 @@ class _FusedLayer:
         self._lengths, self._block = lengths, block
         self._modules = [layer, parts.norm, parts.attention]
         self._forwards: list[Callable[..., Any]] = [module.forward for module in self._modules]
+        self._before: list[Callable[..., Any] | None] = []
         self._inside, self._children = list(parts.modules()), list(parts.attention.children())
         self._now = threading.local()  # .attended, while this thread's layer runs around a block's result
 
     def install(self) -> None:
         replaced = (self._layer_forward, self._norm_forward, self._attention_forward)
+        self._before = [vars(module).get("forward") for module in self._modules]
         for module, original, new in zip(self._modules, self._forwards, replaced, strict=True):
             module.forward = functools.wraps(original)(functools.partial(new))
 
     def remove(self) -> None:
-        for module in self._modules:
+        for module, before in zip(self._modules, self._before, strict=True):
             vars(module).pop("forward", None)
+            if before is not None:  # of another one, installed around this
+                module.forward = before
 
     # -- the forwards ------------------------------------------------------------------------------------------------
     def _norm_forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -258,7 +271,12 @@ def _tensor_of(output: Any) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Any:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; then each module as it was.
+
+    Args:
+        model: Any.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

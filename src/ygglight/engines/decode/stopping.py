@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ENDLESS = 1024
+"""Tokens of an answer that nothing else bounds."""
+
 
 class Stopping:
     """Stopping criteria over accepted tokens.
@@ -33,6 +36,26 @@ class Stopping:
                 self.ends.update(criterion.eos_token_id.tolist())
             else:
                 self._others.append(criterion)
+
+    def room(self, length: int, shown: int, most: int | None) -> int:
+        """Tokens that the answer may have, one at least.
+
+        Args:
+            length: Tokens of the prompt. shown: With the padding before it.
+            most: Prompt and answer together; None: any.
+
+        Raises:
+            ValueError: the prompt leaves no room.
+        """
+        if most is not None and length >= most:
+            raise ValueError(
+                f"the prompt has {length} tokens and max_tokens is {most}, prompt and answer together: raise it or "
+                "shorten the prompt"
+            )
+        if self.max_length is None:
+            return ENDLESS if most is None else most - length
+        wanted = self.max_length - shown
+        return max(1, wanted if most is None else min(wanted, most - length))
 
     def cut(self, text: Sequence[int], added: Sequence[int]) -> tuple[int, bool]:
         """How many of the ``added`` tokens belong to the text, and whether it ends there.

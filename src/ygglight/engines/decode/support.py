@@ -74,6 +74,8 @@ def _mismatch(model: nn.Module) -> str | None:
         logits = decoder.nodes(
             tree, depths.to(tree.device), torch.arange(_TREE, device=tree.device), ancestors.to(tree.device)
         ).logits[0]
+    except OSError:
+        raise  # a disk's fault says nothing about the model
     except Exception as error:  # whatever a model that is made otherwise stumbles over
         return f"{name} cannot be run over a tree ({type(error).__name__}: {str(error).splitlines()[0]})"
     worst = 0.0

@@ -79,7 +79,7 @@ class Engine:
             ValueError: the prompt does not fit ``max_tokens``.
         """
         shown = prompt if shown is None else shown
-        room = self._room(len(prompt), len(shown), stopping)
+        room = stopping.room(len(prompt), len(shown), self.config.max_tokens)
         limit = len(shown) + room
         if stopping.max_length is None or stopping.max_length > limit:
             stopping.max_length = limit
@@ -114,19 +114,6 @@ class Engine:
             if selector.chose_plain:
                 report.notes.append("plain decoding is measured to be the fastest here: no tree paid for itself")
         return report
-
-    def _room(self, length: int, shown: int, stopping: Stopping) -> int:
-        """Tokens that the answer may have."""
-        most = self.config.max_tokens
-        if most is not None and length >= most:
-            raise ValueError(
-                f"the prompt has {length} tokens and max_tokens is {most}, prompt and answer together: raise it or "
-                "shorten the prompt"
-            )
-        wanted = (
-            most - length if stopping.max_length is None and most else (stopping.max_length or length + 1024) - shown
-        )
-        return max(1, wanted if most is None else min(wanted, most - length))
 
     def _largest_tree(self) -> int:
         fixed = self.config.fixed_tree()

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from ygglight.engines.decode import Decoder
+from ygglight.engines.decode.clock import Clock
 from ygglight.engines.decode.stopping import Stopping
 from ygglight.engines.yggdrasil import prune
 from ygglight.engines.yggdrasil.config import StagePlan
 from ygglight.engines.yggdrasil.drafts import Draft, ModelDraft
 from ygglight.engines.yggdrasil.objective import Shape
-from ygglight.engines.yggdrasil.report import Clock, Report
+from ygglight.engines.yggdrasil.report import Report
 from ygglight.engines.yggdrasil.selector import Selector
 from ygglight.engines.yggdrasil.tree import TokenTree
 from ygglight.engines.yggdrasil.verifier import Verdict, Verifier

@@ -1,17 +1,12 @@
-"""What a run of tree decoding did, counted and timed."""
+"""What a run of tree decoding did."""
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-STAGES = ("prefill", "draft", "verify", "host")
+from ygglight.engines.decode.clock import STAGES
 
 
 @dataclass
@@ -98,45 +93,3 @@ class Report:
             "shapes": {f"{w}x{d}": count for (w, d), count in self.shapes.items()},
             "fallbacks": dict(self.fallbacks), "notes": list(self.notes),
         }  # fmt: skip
-
-
-class Clock:
-    """Times stages: by the wall on a CPU; on CUDA by events, resolved at the end, so that timing never waits.
-
-    Args:
-        report: whose ``seconds`` grow. device: where the work runs.
-    """
-
-    def __init__(self, report: Report, device: torch.device) -> None:
-        self._report, self._cuda = report, device.type == "cuda"
-        self._events: list[tuple[str, Any, Any]] = []
-        self._started = time.perf_counter()
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time what is inside."""
-        if not self._cuda:
-            start = time.perf_counter()
-            try:
-                yield
-            finally:
-                self._report.seconds[name] += time.perf_counter() - start
-            return
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        first.record()
-        try:
-            yield
-        finally:
-            last.record()
-            self._events.append((name, first, last))
-
-    def close(self) -> None:
-        """Resolve the events; all that was spent outside of stages is the host's."""
-        if self._cuda:
-            torch.cuda.synchronize()
-            for name, first, last in self._events:
-                self._report.seconds[name] += first.elapsed_time(last) / 1000
-            self._events.clear()
-        total = time.perf_counter() - self._started
-        known = sum(self._report.seconds[stage] for stage in STAGES if stage != "host")
-        self._report.seconds["host"] = max(0.0, total - known)

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ygglight.engines.decode.drawing import Drawing, sample
 from ygglight.engines.decode.processors import NodeProcessors
 from ygglight.engines.yggdrasil.tree import TokenTree
-from ygglight.engines.yggdrasil.verify import Accepted, accept, sample, walk
+from ygglight.engines.yggdrasil.verify import Accepted, accept, walk
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Verdict:
     tokens: list[int]
 
 
-class Verifier:
+class Verifier(Drawing):
     """Draws and walks.
 
     Args:
@@ -42,23 +43,8 @@ class Verifier:
     def __init__(
         self, processors: NodeProcessors, *, do_sample: bool, generator: torch.Generator | None, static: bool
     ) -> None:
-        self.processors, self.do_sample, self.generator, self.static = processors, do_sample, generator, static
-
-    def first(self, logits: Tensor, text: Sequence[int]) -> int:
-        """The token after a prompt.
-
-        Args:
-            logits: ``[V]``. text: the prompt.
-        """
-        return self._draw(logits, torch.tensor(text, device=logits.device))
-
-    def _draw(self, logits: Tensor, prefix: Tensor) -> int:
-        if not self.processors and not self.do_sample:
-            return int(logits.argmax())
-        scores = self.processors.row(logits, prefix) if self.processors else logits.float()
-        if not self.do_sample:
-            return int(scores.argmax())
-        return int(torch.multinomial(torch.softmax(scores, dim=-1), 1, generator=self.generator))
+        super().__init__(processors, do_sample=do_sample, generator=generator)
+        self.static = static
 
     # -- node by node ------------------------------------------------------------------------------------------------
     def walk(self, tree: TokenTree, logits: Tensor, text: Sequence[int]) -> Verdict:
@@ -75,7 +61,7 @@ class Verifier:
         else:
 
             def draw(node: int, path: list[int]) -> int:
-                return self._draw(logits[node], torch.tensor([*text, *path], device=logits.device))
+                return self.token(logits[node], torch.tensor([*text, *path], device=logits.device))
 
         tokens = torch.where(torch.isfinite(tree.scores), tree.tokens, -1)  # no token of the target's meets a dead node
         walked = walk(tokens.tolist(), tree.parents.tolist(), draw)

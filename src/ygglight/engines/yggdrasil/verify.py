@@ -85,17 +85,3 @@ def walk(tokens: Sequence[int], parents: Sequence[int], draw: Callable[[int, lis
         if child is None:
             return Walked(path, added)
         path.append(child)
-
-
-def sample(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Draw one token a row by an exponential race, which a CUDA graph can replay with fresh numbers.
-
-    Args:
-        probabilities: float ``[K, V]``. generator: of the device; None: torch's own.
-
-    Returns:
-        int64 ``[K]``.
-    """
-    noise = torch.empty_like(probabilities).exponential_(generator=generator)
-    # The race of two impossible tokens (0/x) is lost by both, unless all are: rows without mass give token 0.
-    return (probabilities / noise.clamp_min(torch.finfo(noise.dtype).tiny)).argmax(dim=-1)

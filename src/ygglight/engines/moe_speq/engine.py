@@ -1,0 +1,287 @@
+"""Experts on demand for one model: who has them, what the memory is spent on, and what was learnt, text after text."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Generator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ygglight.engines.decode import Decoder
+from ygglight.engines.decode.processors import NodeProcessors
+from ygglight.engines.decode.stopping import Stopping
+from ygglight.engines.memory.sizes import format_bytes, parse_bytes
+from ygglight.engines.moe_speq.acceptance import ChainDrawing
+from ygglight.engines.moe_speq.attach import Attachment
+from ygglight.engines.moe_speq.budget import Split, split_budget
+from ygglight.engines.moe_speq.calibration import measure_machine
+from ygglight.engines.moe_speq.config import Config
+from ygglight.engines.moe_speq.governor import Cycle, Governor, candidates
+from ygglight.engines.moe_speq.layout import find_sites
+from ygglight.engines.moe_speq.link import open_link
+from ygglight.engines.moe_speq.lookahead import steps_until_sent
+from ygglight.engines.moe_speq.loop import Loop, Round
+from ygglight.engines.moe_speq.report import Report
+from ygglight.engines.moe_speq.runtime import Runtime
+from ygglight.engines.moe_speq.stores import ExpertStore, store_for
+
+log = logging.getLogger(__name__)
+
+CONTEXT_GRAIN = 512
+"""The KV cache grows in steps of so many tokens."""
+WASTE = 0.15
+"""Part of the bytes sent ahead that may turn out to be for nothing before less is sent."""
+
+
+class Engine:
+    """Runs one model with its routed experts elsewhere.
+
+    From :meth:`attach` to :meth:`detach` every forward of the model brings its experts as it needs them, whoever calls
+    it; :meth:`generate` speculates besides.
+
+    Args:
+        model: A transformers model of a mixture of experts. config: What the user said.
+        store: Where the experts are; None: they are moved off the model, by ``config``, and given back by detach.
+        draft: What drafts (see :class:`draft.DraftExperts`); None: made from the experts, if there is room for it.
+
+    Raises:
+        ValueError: the model cannot be run so, or the budget is too small; the text says how much is needed.
+    """
+
+    def __init__(self, model: Any, config: Config, *, store: ExpertStore | None = None, draft: Any = None) -> None:
+        self.model, self.config = model, config
+        self.sites = find_sites(model)
+        self._home: torch.device = model.device
+        self.device = torch.device(config.device) if config.device is not None else self._home
+        self.store, self.draft = store, draft
+        self._owns_store = store is None
+        self.split: Split = self._split()
+        self.runtime: Runtime | None = None
+        self.decoder: Decoder | None = None
+        self.governor: Governor | None = None
+        self._attachment = Attachment()
+        self._report = Report()
+        self._share = 1.0  # of what could be sent ahead
+        self._seen: dict[str, int] = {}
+        self._told: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
+
+    def _split(self) -> Split:
+        layout = self.sites[0].layout
+        wanted = 0
+        if self.config.most and self.draft is not None:
+            wanted = self.draft.nbytes
+        elif self.config.most:
+            from ygglight.engines.moe_speq.draft import draft_bytes
+
+            wanted = draft_bytes(self.sites, self.device)
+        return split_budget(
+            self.config.budget, layers=len(self.sites), experts=max(s.experts for s in self.sites),
+            slab=layout.nbytes, staging=self.config.staging, draft=wanted, insists=self.config.k != "auto",
+        )  # fmt: skip
+
+    # -- the model's experts -----------------------------------------------------------------------------------------
+    def attach(self) -> Engine:
+        """Take the experts off the model; again: nothing."""
+        if self.runtime is not None:
+            return self
+        config, split = self.config, self.split
+        if self.store is None:
+            self.store = store_for(
+                self.model, self.sites, where=config.experts, device=self.device, path=config.path,
+                drop_cache=config.drop_cache,
+            )  # fmt: skip
+        try:
+            if not split.draft:
+                self.draft = None
+            elif self.draft is None:
+                from ygglight.engines.moe_speq.draft import DraftExperts
+
+                log.info("moe_speq: making the draft, %s", format_bytes(split.draft))
+                self.draft = (
+                    DraftExperts.build(self.sites, self.store, device=self.device)
+                    if config.draft is None
+                    else DraftExperts.load(config.draft, self.sites, self.store, device=self.device)
+                )
+            link = open_link(self.store, self.device, **dict(config.link or {}))
+            self.runtime = Runtime(
+                self.sites, self.store, slots=split.slots, staging=split.staging, link=link, draft=self.draft,
+                device=self.device,
+            )  # fmt: skip
+            self._attachment.attach(self.model, self.runtime)
+            if self.device != self._home:
+                self.model.to(self.device)
+        except BaseException:
+            self.detach()
+            raise
+        if split.note is not None and config.most:
+            self._report.notes.append(split.note)
+        return self
+
+    def detach(self) -> None:
+        """Give the model its experts back, and everything else free; again: nothing."""
+        if self.runtime is not None:
+            self._count()
+            if self.device != self._home:
+                self.model.to(self._home)
+        self._attachment.detach()
+        if self.runtime is not None:
+            self.runtime.close()
+        if self._owns_store and self.store is not None:
+            self.store.close()
+            self.store = None
+        self.runtime = self.decoder = self.governor = self.draft = None
+
+    # -- one text ----------------------------------------------------------------------------------------------------
+    def generate(
+        self,
+        prompt: Tensor,
+        processors: NodeProcessors,
+        stopping: Stopping,
+        *,
+        shown: Tensor | None = None,
+        do_sample: bool = False,
+        generator: torch.Generator | None = None,
+        watch: Callable[[Round], None] | None = None,
+    ) -> Generator[list[int], None, None]:
+        """Yield the new tokens of one text, a few at a time.
+
+        Args:
+            prompt: int64 ``[L]``. processors: Of the logits. stopping: Its ``max_length`` bounds the text.
+            shown: The prompt with the padding that processors and criteria see before it.
+            do_sample: Draw, or take the best. generator: Of the draws. watch: Called with every cycle.
+
+        Raises:
+            ValueError: the prompt does not fit ``max_tokens``.
+        """
+        runtime = self.attach().runtime
+        assert runtime is not None
+        shown = prompt if shown is None else shown
+        room = stopping.room(len(prompt), len(shown), self.config.max_tokens)
+        limit = len(shown) + room
+        if stopping.max_length is None or stopping.max_length > limit:
+            stopping.max_length = limit
+        self._make_room(len(prompt) + room)
+        self._measure()
+        assert self.decoder is not None
+        loop = Loop(
+            self.decoder, runtime, ChainDrawing(processors, do_sample=do_sample, generator=generator), stopping,
+            choose=self._choose, cap=self._cap, pause=self._pause,
+            watch=[self._learn] + ([] if watch is None else [watch]),
+        )  # fmt: skip
+        try:
+            yield from loop.run(prompt.to(self.device), shown, limit)
+        finally:
+            self._report.add(loop.report)
+
+    def _make_room(self, tokens: int) -> None:
+        capacity = tokens + self.config.most + 1
+        if self.decoder is None or self.decoder.capacity < capacity:
+            self.decoder = None  # let go of the old cache before the new one is made
+            self.decoder = Decoder(self.model, -(-capacity // CONTEXT_GRAIN) * CONTEXT_GRAIN)
+
+    # -- decisions ---------------------------------------------------------------------------------------------------
+    @property
+    def _most(self) -> int:
+        return 0 if self.draft is None else self.config.most
+
+    def _choose(self, most: int) -> int:
+        """Tokens to draft in the coming cycle."""
+        return min(most, self._most) if self.governor is None else self.governor.choose(most)
+
+    def _measure(self) -> None:
+        """Meet this machine, once an engine."""
+        if self.config.k != "auto" or not self._most or self.governor is not None:
+            return
+        config, runtime = self.config, self.runtime
+        assert self.decoder is not None and runtime is not None and self.store is not None
+        self._count()
+        hideable = 0.0
+        if config.prefetch:
+            hideable = math.inf if config.prefetch_cap is None else parse_bytes(config.prefetch_cap) / self.split.slab
+        key = {"experts": self.store.kind, "link": dict(config.link or {})}
+        machine = measure_machine(
+            self.decoder, runtime, self._most, hideable=hideable, seconds=config.profile_seconds, key=key
+        )
+        self._seen, self._told = {}, (Counter(), Counter())
+        self.governor = Governor(machine, candidates(self._most), config.max_cycle_seconds or math.inf)
+
+    def _cap(self) -> int:
+        """Bytes that may be sent ahead in a cycle."""
+        if not self.config.prefetch:
+            return 0
+        if self.config.prefetch_cap is not None:
+            return parse_bytes(self.config.prefetch_cap)
+        return int(self._share * self.split.slots * self.split.layers) * self.split.slab
+
+    def _pause(self, sent: int) -> int:
+        assert self.runtime is not None
+        token = 0.0 if self.governor is None else self.governor.machine.draft_token
+        return steps_until_sent(self.runtime.link.speed.seconds(sent, sent / self.split.slab), token)
+
+    def _learn(self, cycle: Round) -> None:
+        """What a cycle was like, for the next ones."""
+        runtime = self.runtime
+        assert runtime is not None
+        now = dict(runtime.stats.experts) | {"missing": runtime.stats.passes.misses(runtime.slots)}
+        new = {name: value - self._seen.get(name, 0) for name, value in now.items()}
+        self._seen = now
+        self._report.chose(cycle.k)
+        if new["prefetched"]:
+            wasted = (new["unused"] + new["evicted"]) / new["prefetched"]
+            self._share = min(1.0, max(0.05, self._share * (0.8 if wasted > WASTE else 1.1)))
+        if self.governor is None:
+            return
+        foreseen = max(0, new["missing"] - new["misses"])
+        self.governor.machine = self.governor.machine.at(runtime.link.speed.seconds(self.split.slab))
+        self.governor.observe(Cycle(cycle.k, cycle.accepted, new["requests"], new["missing"], foreseen, cycle.seconds))
+        more = runtime.stats.miss_rate(self.split.more_slots)
+        if self.draft is not None and self.governor.gives_up(more):
+            self._drop_draft()
+
+    def _drop_draft(self) -> None:
+        """Plain decoding has won: the draft's memory becomes slots."""
+        assert self.runtime is not None and self.governor is not None
+        slots = self.split.more_slots
+        self._report.notes.append(
+            f"k=0: {slots} slots a layer were predicted to be faster than {self.split.slots} and a draft of "
+            f"{format_bytes(self.split.draft)}, so the draft was dropped"
+        )
+        self.draft = None
+        self.runtime.resize(slots, None)
+        self.governor.without_draft()
+        self.split = Split(slots, self.split.slab, self.split.layers, self.split.staging)
+
+    # -- what was done -----------------------------------------------------------------------------------------------
+    def take_report(self) -> Report:
+        """What was done since the last call."""
+        self._count()
+        report, self._report = self._report, Report()
+        if self.runtime is None:
+            return report
+        split, speed = self.split, self.runtime.link.speed
+        report.memory = {
+            "slots": split.slots * split.layers * split.slab, "staging": split.staging * split.slab,
+            "draft": split.draft,
+        }  # fmt: skip
+        if speed.copies:
+            report.bandwidth, report.copy_seconds = speed.bandwidth, speed.tau
+        if self.governor is not None:
+            report.errors, self.governor.errors = self.governor.errors, []
+            if report.cycles and not self.governor.k and self.draft is not None:
+                report.notes.append("k=0 is measured to be the fastest here: drafting does not pay for itself")
+        return report
+
+    def _count(self) -> None:
+        """Take into the report what the runtime has counted since the last time."""
+        if self.runtime is None:
+            return
+        stats = self.runtime.stats
+        now = stats.experts, stats.moved
+        for total, new, then in zip((self._report.experts, self._report.moved), now, self._told, strict=True):
+            total.update(new)
+            total.subtract(then)
+        self._told = now
