@@ -128,7 +128,7 @@ class MoESpeQStrategy(GeneratingStrategy):
         return total
 
     @property
-    def methods(self) -> dict[str, MoESpeQGenerate]:
+    def methods(self) -> dict[str, Any]:
         """What decodes, by name of the model in the module; empty outside of a run."""
         return self._methods
 
