@@ -19,10 +19,12 @@ from ygglight.compat.folders import cache_root, publish
 
 __all__ = [
     "ASSETS",
+    "MADE",
     "Asset",
     "check_model",
     "describe",
     "is_installed",
+    "made_folder",
     "resolve",
     "resolve_model",
     "sha256_of",
@@ -105,6 +107,18 @@ ASSETS: dict[str, Asset] = {
         ),
     )
 }  # fmt: skip
+
+#: Models that no package holds and a recipe makes, with the command that does.
+MADE = {"smollm2-moe-8x10": "ygglight fit --config moe_speq/fit_upcycled_smollm2.yaml"}
+
+
+def made_folder(name: str) -> Path:
+    """Return where a model that a recipe makes lies, or will lie.
+
+    Args:
+        name: A key of ``MADE``.
+    """
+    return cache_root() / "models" / name
 
 
 def _package_folders(asset: Asset) -> list[Path]:
@@ -203,10 +217,13 @@ def check_model(model: str) -> None:
         ready = cache_root() / f"models/{model}-{ASSETS[model].sha256[:16]}-v{_CONVERSION}"
         if not ready.is_dir() and not is_installed(model):
             resolve(model)
+    elif model in MADE:
+        if not (made_folder(model) / "config.json").is_file():
+            raise FileNotFoundError(f"{model!r} is not there yet; this makes it: {MADE[model]}")
     elif path.is_file() and path.suffix == ".gguf":
         pass
     elif not path.is_dir():
-        names = ", ".join(a.name for a in ASSETS.values() if a.kind == "model")
+        names = ", ".join([*(a.name for a in ASSETS.values() if a.kind == "model"), *MADE])
         raise FileNotFoundError(
             f"model {model!r} is neither a directory of a Hugging Face model, nor a .gguf file, nor a packaged one "
             f"({names}). Nothing is downloaded here: fetch it first (e.g. `hf download`) and give the directory"
@@ -219,10 +236,13 @@ def resolve_model(model: str) -> Path:
     """Return the Hugging Face directory for what a user calls a model.
 
     Args:
-        model: A directory, a .gguf file (converted once into the cache), or the name of a packaged model.
+        model: A directory, a .gguf file (converted once into the cache), the name of a packaged model, or of one that
+            a recipe makes.
     """
     check_model(model)
     if model in ASSETS:
         return smollm2()
+    if model in MADE:
+        return made_folder(model)
     path = Path(model).expanduser()
     return _convert(path, path.stem, sha256_of(path)) if path.is_file() else path

@@ -9,14 +9,16 @@ if TYPE_CHECKING:
     from ygglight.modules.causal_lm import CausalLM
     from ygglight.modules.depth_predictor import DepthPredictorModule
     from ygglight.modules.distilled_draft import DistilledDraft
+    from ygglight.modules.upcycled_moe import UpcycledMoE
 
 _MODULES = {
     "CausalLM": "causal_lm",
     "DepthPredictorModule": "depth_predictor",
     "DistilledDraft": "distilled_draft",
+    "UpcycledMoE": "upcycled_moe",
 }
 
-__all__ = ["CausalLM", "DepthPredictorModule", "DistilledDraft"]
+__all__ = ["CausalLM", "DepthPredictorModule", "DistilledDraft", "UpcycledMoE"]
 
 
 def __getattr__(name: str) -> Any:

@@ -56,8 +56,8 @@ class CausalLM(L.LightningModule):
         config_overrides: Changed fields of the model's configuration, e.g. ``{"num_hidden_layers": 4}`` to keep the
             first four layers only.
         seed: Of random weights and of fresh LoRA adapters.
-        experts: ``disk`` leaves the routed experts of a mixture of experts in the files, so that the model may be larger
-            than the memory. It can then predict under MoESpeQStrategy, and nothing else.
+        experts: ``disk`` leaves the routed experts of a mixture of experts in the files, so that the model may be
+            larger than the memory. It can then predict under MoESpeQStrategy, and nothing else.
     """
 
     def __init__(
@@ -113,6 +113,11 @@ class CausalLM(L.LightningModule):
             return
         p, mesh = self._p, self.device_mesh
         if p.experts == "disk":
+            if self._trainer and not getattr(self._trainer.strategy, "brings_experts", False):
+                raise ValueError(
+                    "experts='disk' leaves a model without experts, which MoESpeQStrategy alone can run: set "
+                    "strategy='moe_speq', or experts='memory'"
+                )
             self.model = network.load_without_experts(self.directory, p.dtype, p.attention)
             return
         if mesh is not None and p.quantization:
@@ -304,9 +309,16 @@ class CausalLM(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint without this module's adapters, which non-strict loading would pass in silence.
 
+        And any checkpoint where the experts are elsewhere, for to load into what is not there is silent, too.
+
         Args:
             checkpoint: What Lightning has read.
         """
+        if self._p.experts == "disk":
+            raise ValueError(
+                "experts='disk' reads experts from the model's own files, which a checkpoint does not change: leave it "
+                "out, or set experts='memory'"
+            )
         self._tokens = checkpoint.get("ygglight_tokens", 0)
         if self._p.lora is not None and self.model is not None and "state_dict" in checkpoint:
             missing = sorted(self._trainable() - checkpoint["state_dict"].keys())

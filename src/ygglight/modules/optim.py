@@ -23,7 +23,7 @@ def _groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dic
 
 
 def build_optimizer(
-    name: str, parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float
+    name: str, parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float, fused: bool | None = None
 ) -> torch.optim.Optimizer:
     """Build an optimizer over the parameters that require gradients.
 
@@ -32,13 +32,14 @@ def build_optimizer(
         parameters: All parameters of the network.
         learning_rate: The peak.
         weight_decay: For matrices only.
+        fused: Of ``adamw``: one pass over the weights instead of ten. Lightning cannot clip its gradients.
     """
     groups = _groups(parameters, weight_decay)
     if not groups:
         raise ValueError("nothing in this model is trainable: quantised weights are frozen, so add `lora: {r: 16}`")
     if name == "adamw8bit":
         return require("bitsandbytes", "bnb").optim.AdamW8bit(groups, lr=learning_rate)
-    return torch.optim.AdamW(groups, lr=learning_rate)
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=fused)
 
 
 def rate(step: int, warmup: int, total: float, schedule: str) -> float:
