@@ -64,6 +64,18 @@ class Halves(Fixed):
         return self.rest()
 
 
+class Split(Halves):
+    """Each has half of the machine while something is decoded; else finetuning has all of it."""
+
+    def rest(self) -> Decision:
+        """Nothing to decode."""
+        return Fixed.rest(self)
+
+    def beside(self, situation: Situation) -> Decision:
+        """Its half, as long as something is decoded."""
+        return Halves.rest(self)
+
+
 class Naive(Fixed):
     """A second stream: both on the whole machine at once, and nobody waits."""
 
@@ -100,6 +112,7 @@ class Capped(Fixed):
 POLICIES: dict[str, Callable[..., Any]] = {
     "inference-only": InferenceOnly,
     "halves": Halves,
+    "split": Split,
     "whole-step": WholeStep,
     "naive": Naive,
     "capped-1": functools.partial(Capped, quanta=1),

@@ -51,6 +51,7 @@ SHORT: dict[str, dict[str, str]] = {
     "harli": {
         "inference-only": "serving alone",
         "halves": "half of the cores each",
+        "split": "the same, and all of them when nobody asks",
         "whole-step": "a training step after each decode step",
         "naive": "both at once",
         "capped-1": "one layer after each decode step",

@@ -177,6 +177,20 @@ def test_at_most_one_chunk_of_a_prompt_between_two_decode_steps() -> None:
     assert [count for kind, count in decoder.calls if kind == "prefill"] == [8, 8, 8, 6]
 
 
+def test_a_prompt_that_is_held_back_waits_for_no_longer_than_anybody_decodes() -> None:
+    batcher, decoder, _ = fake(max_context=60)
+    running = ask(batcher, [1, 2], max_tokens=5)
+    batcher.run(batcher.next_work())  # type: ignore[arg-type]
+    assert batcher.next_prompt == 0
+    held = ask(batcher, list(range(1, 11)), max_tokens=2)
+    assert batcher.next_prompt == 10
+    batcher.prefill_chunk = 0
+    decoder.calls.clear()
+    finish(batcher)
+    assert [kind for kind, _ in decoder.calls[:5]] == ["decode"] * 4 + ["prefill"]
+    assert len(running.tokens) == 5 and len(held.tokens) == 2
+
+
 def test_first_come_first_served_even_if_a_later_one_would_fit() -> None:
     batcher, _, _ = fake(chunks=10, max_batch=8)
     order: list[str] = []

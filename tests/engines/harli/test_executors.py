@@ -32,9 +32,12 @@ from ygglight.engines.harli.sm_split import SMSplit
 class FakeGate:
     """Writes down what it is asked; quanta take as long as it is told."""
 
+    threads: int | None
+
     def __init__(self, spent: bool = True) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.spent = spent
+        self.running, self.threads = False, None
 
     def grant(self, quanta: int | None, threads: int | None = None) -> None:
         self.calls.append(("grant", quanta, threads))
@@ -93,6 +96,25 @@ def test_a_slow_quantum_is_left_behind() -> None:
     executor.end(decision(slices(4), 5, 0.01), gate)  # type: ignore[arg-type]
     assert gate.calls == [("grant", 5, None), ("wait", 0.01), ("grant", 0, None)]
     assert executor.overruns == 1
+
+
+def test_after_a_step_beside_pools_give_quanta_all_cores() -> None:
+    executor, gate = ThreadPools(8), FakeGate(spent=False)
+    follow = Decision(Partition(3, 5, True), 2, 0.0, "", wait_seconds=0.25, after=4)
+    on_a_thread(lambda: executor.end(follow, gate))  # type: ignore[arg-type]
+    assert gate.calls == [("grant", 4, 8), ("wait", 0.25), ("grant", 0, None)]
+    assert executor.afterwards == 8 and TimeSlices(8).afterwards == 0
+
+
+def test_a_quantum_on_more_cores_than_are_left_is_waited_for() -> None:
+    executor, gate = ThreadPools(8), FakeGate()
+    beside = Decision(Partition(3, 5, True), 2, 0.0, "")
+    for running, threads, waits in ((False, None, False), (True, 5, False), (True, 8, True)):
+        gate.calls.clear()
+        gate.running, gate.threads = running, threads
+        on_a_thread(lambda: executor.begin(beside, gate))  # type: ignore[arg-type]
+        assert (gate.calls[0] == ("grant", 0, None)) == waits
+        assert gate.calls[-1] == ("grant", 2, 5)
 
 
 def test_pools_set_the_threads_of_both_sides() -> None:

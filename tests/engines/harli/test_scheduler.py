@@ -124,6 +124,62 @@ def test_the_decision_is_the_best_of_all() -> None:
     assert min(paused, turns, beside) > 50  # all three kinds were met
 
 
+def with_quanta_in_turn(scheduler: Scheduler, s: Situation, rung: Partition) -> tuple[float, float]:
+    """(finetune tokens a second, upper bound) of the best step beside on a rung, and the best that may follow it."""
+    p = scheduler.predictor
+    kept = [
+        (*found, count)
+        for count in range(len(s.next_quanta) + 1)
+        if (found := evaluate(scheduler, s, rung, count)) is not None and found[1] <= s.allowed_seconds
+    ]
+    if not kept:
+        return 0.0, 0.0
+    best, upper, seconds, count = max(kept, key=lambda k: k[0])
+    begun = [*([s.running] if s.running else []), *s.next_quanta[:count]]
+    work = sum(p.work(q.phase, q.tokens) for q in begun)
+    over = max(0.0, sum(p.quantum(q.phase, q.tokens, rung)[0] for q in begun) - seconds)
+    for quantum in s.next_quanta[count:]:
+        over += p.quantum(quantum.phase, quantum.tokens, Partition(rung.decode, s.afterwards, False))[0]
+        work += p.work(quantum.phase, quantum.tokens)
+        if upper + over <= s.allowed_seconds - s.reserve_seconds:
+            best = max(best, work / (seconds + over))
+    return best, upper
+
+
+def test_quanta_in_turn_follow_a_step_beside_where_that_gives_most() -> None:
+    followed = kept_for_prompts = 0
+    for seed in range(600):
+        scheduler, situation = instance(seed)
+        units = scheduler.units
+        situation = replace(situation, afterwards=units, reserve_seconds=random.Random(seed).uniform(0, 20))
+        decision = scheduler.decide(situation)
+        best = 0.0
+        for rung in scheduler.ladder:
+            if rung.concurrent:
+                best = max(best, with_quanta_in_turn(scheduler, situation, rung)[0])
+            elif rung.finetune:
+                for count in range(len(situation.next_quanta) + 1):
+                    found = evaluate(scheduler, situation, rung, count)
+                    if found and found[1] <= situation.allowed_seconds - situation.reserve_seconds:
+                        best = max(best, found[0])
+        assert decision.tokens_per_second == pytest.approx(best), seed
+        if decision.after:
+            followed += 1
+            assert decision.partition.concurrent and decision.wait_seconds > 0
+            assert decision.predicted_seconds <= situation.allowed_seconds - situation.reserve_seconds + 1e-9
+        elif decision.quanta:
+            free = scheduler.decide(replace(situation, reserve_seconds=0.0))
+            kept_for_prompts += free.after > 0
+    assert followed > 50 and kept_for_prompts > 20
+
+
+def test_units_that_change_between_quanta_hold_nobody() -> None:
+    scheduler = Scheduler(LADDER, known())
+    flying = replace(CALM, running=QUEUE[0], held=4)  # more than any rung has: left over from quanta in turn
+    assert scheduler.decide(flying).quanta == 0
+    assert scheduler.decide(replace(flying, afterwards=4)).partition.concurrent
+
+
 def test_the_greedy_choice_of_the_brief_is_the_same_where_it_applies() -> None:
     """Bounds that fall with the units, quanta of one kind: the smallest feasible part for decoding is best."""
     checked = 0
@@ -212,6 +268,16 @@ def test_pauses_say_why_and_give_decoding_the_machine(change: dict[str, object],
     assert (decision.partition, decision.quanta) == (alone(4), 0)
     assert reason in decision.reason
     assert decision.predicted_seconds == known().corun(4, 100, alone(4), None)
+
+
+def test_decoding_alone_takes_fewer_threads_where_all_of_them_are_slower() -> None:
+    predictor, late = known(), replace(CALM, allowed_seconds=0.0, afterwards=4)
+    assert Scheduler(LADDER, predictor).decide(late).partition == alone(4)
+    for _ in range(16):  # a third process has come: all four threads wait for the one without a core
+        predictor.observe_decode(4, 100, alone(4), 0.5, None)
+        predictor.observe_decode(4, 100, Partition(3, 0, False), 0.02, None)
+    assert Scheduler(LADDER, predictor).decide(late).partition == Partition(3, 0, False)
+    assert Scheduler(LADDER, predictor).decide(replace(late, afterwards=0)).partition == alone(4)
 
 
 def test_more_may_be_done_where_more_is_allowed() -> None:

@@ -12,8 +12,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from ygglight.engines.decode.detokenize import Detokenizer
 from ygglight.engines.decode.paged import PagedDecoder
@@ -21,42 +20,12 @@ from ygglight.engines.decode.sampling import Choice, Sampler
 from ygglight.engines.harli.adapters import Adapters
 from ygglight.engines.harli.requests import Closing, FinishReason, QueueFull, Request, TokenEvent
 from ygglight.engines.harli.steps import Forwards, Sequence, end_tokens
+from ygglight.engines.harli.work import Load, Work
 from ygglight.engines.memory.arena import Arena
 
 __all__ = ["Batcher", "Load", "Work"]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Load:
-    """What there is to do, in numbers.
-
-    Args:
-        batch: Sequences that a decode step would run. context_tokens: Their tokens, in whole pages.
-        waiting: Requests that were not admitted yet. prefill_tokens: Prompt tokens of admitted requests still to run.
-    """
-
-    batch: int
-    context_tokens: int
-    waiting: int
-    prefill_tokens: int
-
-
-@dataclass(frozen=True)
-class Work:
-    """One forward to run.
-
-    Args:
-        kind: "prefill", a chunk of one request; or "decode", a token of each.
-        requests: Whose. tokens: That the forward runs. context_tokens: That it attends to, in whole pages, over all.
-    """
-
-    kind: Literal["prefill", "decode"]
-    requests: tuple[Request, ...]
-    tokens: int
-    context_tokens: int
-    sequences: tuple[Sequence, ...] = field(repr=False)
 
 
 class Batcher:
@@ -201,6 +170,14 @@ class Batcher:
             prefill_tokens=sum(sequence.missing for sequence in running if not sequence.decoding),
         )
 
+    @property
+    def next_prompt(self) -> int:
+        """Tokens still to run of the prompt that goes next; 0: none is here. Decode thread only."""
+        ahead = next((sequence.missing for sequence in self._running if not sequence.decoding), 0)
+        if not ahead and self._waiting:
+            ahead = self._waiting[0].missing
+        return ahead or (len(self._inbox[0].prompt) if self._inbox else 0)
+
     # -- what to do next (decode thread) -----------------------------------------------------------------------------
     def next_work(self) -> Work | None:
         """The next forward. Cancelled requests leave, waiting ones are admitted, pages are taken.
@@ -223,8 +200,8 @@ class Batcher:
         while self._running:
             decoding = self._with_pages([sequence for sequence in self._running if sequence.decoding])
             prefilling = next((sequence for sequence in self._running if not sequence.decoding), None)
-            if prefilling is not None and not (decoding and self._prefilled_last):
-                count = min(self.prefill_chunk, prefilling.missing)
+            if prefilling is not None and not (decoding and (self._prefilled_last or not self.prefill_chunk)):
+                count = min(self.prefill_chunk or self.decoder.page, prefilling.missing)
                 context = self.decoder.pages_for(prefilling.cached + count) * self.decoder.page
                 return Work("prefill", (prefilling.request,), count, context, (prefilling,))
             if decoding:

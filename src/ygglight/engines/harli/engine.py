@@ -20,15 +20,15 @@ from ygglight.engines.harli.adapters import Adapters, serving_twin
 from ygglight.engines.harli.batcher import Batcher, Work
 from ygglight.engines.harli.config import HarliConfig
 from ygglight.engines.harli.executors import choose_executor
+from ygglight.engines.harli.foresight import Foresight
 from ygglight.engines.harli.gate import Gate
 from ygglight.engines.harli.measure import LONG, Measurements
 from ygglight.engines.harli.partitions import Partition, alone
 from ygglight.engines.harli.predictor import LatencyPredictor
 from ygglight.engines.harli.report import Outcome, Report, Sample
 from ygglight.engines.harli.requests import Closing, QueueFull, Request, TokenEvent
-from ygglight.engines.harli.scheduler import Decision, Scheduler, Situation, prefill_chunk
+from ygglight.engines.harli.scheduler import Decision, Scheduler, Situation
 from ygglight.engines.harli.slack import Slack
-from ygglight.engines.harli.upcoming import Upcoming
 from ygglight.engines.memory.arena import Arena
 from ygglight.engines.memory.sizes import format_bytes, parse_bytes
 
@@ -41,8 +41,6 @@ IDLE_SECONDS = 0.05
 """How often a decode thread without work looks around."""
 GAP_FACTOR = 4.0
 """Longest gap over the target, where the user gives none."""
-LEAST_CHUNK = 16
-"""Prompt tokens that go with a step even if the target leaves no room: a prompt must end some day."""
 
 
 class Policy(Protocol):
@@ -96,8 +94,10 @@ class Engine:
         self.policy = policy(self.executor.ladder, self.predictor)
         self.report = Report(chunk_bytes=self.arena.chunk_bytes, executor=self.executor.name)
         self.slack = Slack(1.0, 1.0)
-        self._upcoming = Upcoming()
-        self._bound: int | None = None
+        self._foresight = Foresight(
+            self.gate, self.batcher, self.executor, self.predictor, chunk=config.prefill_chunk, units=units,
+            cuda=self.device.type == "cuda", holds=isinstance(self.policy, Scheduler),
+        )  # fmt: skip
         self._thread: threading.Thread | None = None
         self._ready, self._ending = threading.Event(), threading.Event()
         self._failure: BaseException | None = None
@@ -235,7 +235,7 @@ class Engine:
     def _serve(self) -> None:
         while True:
             self.batcher.wake.clear()
-            self._size_prefill()
+            self.batcher.prefill_chunk = self._foresight.prefill_chunk(self.slack, self.clock())
             work = self.batcher.next_work()
             if work is not None:
                 self._step(work)
@@ -247,9 +247,10 @@ class Engine:
     def _rest(self) -> None:
         """Nothing can be decoded: finetuning has the machine until a request comes."""
         start = self.clock()
-        self._learn()
-        # What decides by fixed rules has no use for it.
-        learns = isinstance(self.policy, Scheduler)
+        self._foresight.learn()
+        # What decides by fixed rules has no use for it; and once requests come, their steps teach as much, and cost
+        # finetuning nothing.
+        learns = isinstance(self.policy, Scheduler) and not self.report.output_tokens
         if learns and self._measurements.beside_left and self.gate.running and self.batcher.idle:
             self._measurements.beside(self.gate, stop=lambda: not self.batcher.idle or self._ending.is_set())
         decision = self.policy.decide(Situation(0, 0, self.slack.allowance(start)))
@@ -261,9 +262,10 @@ class Engine:
 
     def _step(self, work: Work) -> None:
         start = self.clock()
-        situation = self._situation(work, start)
+        situation = self._foresight.situation(work, self.slack, start)
         decision = self.policy.decide(situation)
         self.executor.begin(decision, self.gate)
+        begun = self.clock()
         if self.device.type == "cuda":  # a recorded step belongs to the SMs that it was recorded on
             self.decoder.partition = (decision.partition.decode, decision.partition.concurrent)
         before = self.gate.current if self.gate.running else None
@@ -273,8 +275,8 @@ class Engine:
         during = before or (self.gate.current if self.gate.running else None)
         self.executor.end(decision, self.gate)
         ended = self.clock()
-        self._observe(work, situation, decision, decoded - start, None if during is None else during.phase)
-        self._learn()
+        self._observe(work, situation, decision, decoded - begun, None if during is None else during.phase)
+        self._foresight.learn()
         self.report.seconds[work.kind] += decoded - start
         self.report.seconds["waiting"] += ended - decoded
         self._sample(ended, ended - start, work.kind, len(work.requests), decision, concurrent=during is not None)
@@ -287,52 +289,6 @@ class Engine:
             Sample(now, seconds, kind, batch, decision.reason, concurrent, counts.kv, counts.leased, counts.free)
         )
 
-    def _situation(self, work: Work, now: float) -> Situation:
-        # Enough for the running batch to grow while a quantum runs, and for one more prompt chunk (brief A.3).
-        self.arena.kv_watermark = min(
-            len(work.requests) + self.decoder.pages_for(self.config.prefill_chunk), self.arena.chunks // 2
-        )
-        allowed = self.slack.allowance(now)
-        waiting = self.gate.waiting_for
-        running = self.gate.current if self.gate.running else None
-        following = running or waiting
-        queue = [] if following is None else self._upcoming.after(following)
-        prefill = work.kind == "prefill"
-        if prefill:  # the decode step of those who run comes right after it
-            load = self.batcher.load()
-            if load.batch:
-                allowed -= self.predictor.corun(load.batch, load.context_tokens, alone(self.units), None)
-        return Situation(
-            batch=0 if prefill else len(work.requests),
-            context_tokens=0 if prefill else work.context_tokens,
-            allowed_seconds=allowed,
-            prefill_tokens=work.tokens if prefill else 0,
-            prefill_context=max(0, work.context_tokens - work.tokens) if prefill else 0,
-            next_quanta=queue[1:] if running is not None else queue,
-            running=running,
-            held=self._held(running is not None),
-        )
-
-    def _held(self, running: bool) -> int | None:
-        """Units that finetuning is bound to: threads of the quantum in flight, SMs of the micro-batch's stream."""
-        if self.device.type == "cuda":
-            held: int | None = getattr(self.executor, "held", None)
-            self._bound = held or self._bound  # spans are read when their micro-batch may be over
-            return held
-        return self.gate.threads if running else None
-
-    def _size_prefill(self) -> None:
-        """The largest prompt chunk that the running requests can bear; all that is allowed while none run."""
-        load = self.batcher.load()
-        size = self.config.prefill_chunk
-        if load.batch and len(self.slack):
-            size = prefill_chunk(
-                self.predictor, alone(self.units), waiting_tokens=size, prefill_context=0, batch=load.batch,
-                context_tokens=load.context_tokens, allowed_seconds=self.slack.allowance(self.clock()), limit=size,
-                minimum=LEAST_CHUNK,
-            )  # fmt: skip
-        self.batcher.prefill_chunk = max(1, size)
-
     def _observe(self, work: Work, situation: Situation, decision: Decision, seconds: float, phase: str | None) -> None:
         partition = decision.partition
         if phase is not None and not partition.concurrent:
@@ -343,14 +299,6 @@ class Engine:
             )
         else:
             self.predictor.observe_decode(situation.batch, situation.context_tokens, partition, seconds, phase)
-
-    def _learn(self) -> None:
-        """Take the spans of the quanta that ended."""
-        spans = self.gate.spans()
-        for quantum, seconds, threads, concurrent in spans:
-            units = self._bound if self.device.type == "cuda" else threads
-            self.predictor.observe_quantum(quantum.phase, quantum.tokens, units, seconds, concurrent)
-        self._upcoming.done([span[0] for span in spans])
 
     # -- events ------------------------------------------------------------------------------------------------------
     def _on_event(self, request: Request, event: TokenEvent, told: Callable[[TokenEvent], None]) -> None:

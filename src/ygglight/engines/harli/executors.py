@@ -32,6 +32,10 @@ RUNGS = 8
 """Most concurrent rungs of a ladder: each is one more to measure, and neighbours differ by little."""
 
 
+SETTLE_SECONDS = 0.2
+"""A decode step waits at most so long for a quantum that has more cores than are left to it."""
+
+
 class Unavailable(RuntimeError):
     """This machine cannot have an executor; the message says why."""
 
@@ -40,11 +44,13 @@ class Executor(Protocol):
     """What carries decisions out.
 
     Attributes:
-        name: for logs and the report. ladder: the partitions that it can realise.
+        name: for logs and the report. ladder: the partitions that it can realise. afterwards: units on which quanta
+            can go on after a step beside finetuning; 0: they keep what their micro-batch began with.
     """
 
     name: str
     ladder: list[Partition]
+    afterwards: int
 
     def begin(self, decision: Decision, gate: Gate) -> None:
         """Before a decode step: sets its partition, and lets finetuning run beside it or stops it."""
@@ -66,6 +72,7 @@ class TimeSlices:
     """
 
     name = "time_slices"
+    afterwards = 0
 
     def __init__(self, units: int) -> None:
         self.units = units
@@ -79,9 +86,10 @@ class TimeSlices:
 
     def end(self, decision: Decision, gate: Gate) -> None:
         """See :class:`Executor`."""
-        if _runs_beside(decision) or not decision.quanta:
+        quanta = _in_turn(decision)
+        if not quanta:
             return
-        gate.grant(decision.quanta, self._finetune_threads(decision))
+        gate.grant(quanta, self._threads_in_turn(decision))
         if not gate.wait_spent(decision.wait_seconds):
             self.overruns += 1
             gate.grant(0)  # the quantum in flight cannot be called back, those after it can
@@ -90,6 +98,9 @@ class TimeSlices:
         """See :class:`Executor`."""
 
     def _finetune_threads(self, decision: Decision) -> int | None:
+        return None
+
+    def _threads_in_turn(self, decision: Decision) -> int | None:
         return None
 
 
@@ -110,6 +121,7 @@ class ThreadPools(TimeSlices):
             raise Unavailable(f"{cores} core cannot be split in two pools")
         super().__init__(cores)
         self.ladder += _pairs(cores)
+        self.afterwards = cores
         self._threads_before: int | None = None
 
     def begin(self, decision: Decision, gate: Gate) -> None:
@@ -122,11 +134,16 @@ class ThreadPools(TimeSlices):
             torch.set_num_threads(wanted)
         if not wanted:  # nothing to decode
             release_workers()
+        elif gate.running and (gate.threads or 0) > decision.partition.beside:
+            # With more threads than cores those of a pool wait for each other: on two cores a quantum of 9 ms that
+            # overlapped a decode step took 75. It is waited for.
+            gate.grant(0)
+            gate.wait_spent(SETTLE_SECONDS)
         super().begin(decision, gate)
 
     def end(self, decision: Decision, gate: Gate) -> None:
         """See :class:`Executor`."""
-        if decision.quanta and not _runs_beside(decision):  # their turn
+        if _in_turn(decision):
             release_workers()
         super().end(decision, gate)
 
@@ -137,6 +154,9 @@ class ThreadPools(TimeSlices):
 
     def _finetune_threads(self, decision: Decision) -> int | None:
         return decision.partition.finetune or None
+
+    def _threads_in_turn(self, decision: Decision) -> int | None:
+        return self.afterwards if decision.after else self._finetune_threads(decision)
 
 
 def choose_executor(device: torch.device | str, cores: int | None = None, kind: str = "auto") -> Executor:
@@ -184,6 +204,11 @@ def usable_cores() -> int:
 def _runs_beside(decision: Decision) -> bool:
     """Whether what is granted runs during the decode step: concurrent, or there is no step to speak of."""
     return decision.quanta is None or decision.partition.concurrent
+
+
+def _in_turn(decision: Decision) -> int:
+    """Quanta that run after the decode step."""
+    return decision.after if _runs_beside(decision) else decision.quanta or 0
 
 
 def _pairs(cores: int) -> list[Partition]:

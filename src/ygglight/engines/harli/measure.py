@@ -21,7 +21,7 @@ from ygglight.engines.harli.predictor import LatencyPredictor
 from ygglight.engines.harli.scheduler import Decision
 
 ROUNDS = 3
-BESIDE_STEPS = 6
+BESIDE_STEPS = 3
 """Steps seen of each size and phase beside each rung; more come by themselves while requests are served."""
 LONG = 512
 """Tokens of the long context; latencies are linear in tokens, so two contexts fix the line."""

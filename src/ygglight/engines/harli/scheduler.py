@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 EXPLORE_LEAST, EXPLORE_MOST = 0.5, 8.0
 """A quantum of a phase never seen is tried where its wait may take so many decode steps at least; it is waited for so
 many at most, and then decoding goes on beside it."""
+SPARE = 2
+"""Quanta that may begin beside a step besides those expected to, where nothing is held: it may take longer."""
 SAVE_MOST, TYPICAL = 16, 64
 """Steps that finetuning pauses at most to save slack for one trial; steps that a typical rate is the mean of."""
 
@@ -34,6 +36,9 @@ class Situation:
         next_quanta: what the finetune side would do next, in order. fits_memory: whether it has the memory to go on.
         running: a quantum that is in flight and cannot be called back. held: units that finetuning is bound to
             (threads of the quantum in flight, SMs of the micro-batch's stream); None: free to choose.
+        afterwards: units on which quanta can go on in turn once a step beside finetuning is over: the units of
+            finetuning may then change from quantum to quantum, whatever is held. 0: they cannot.
+        reserve_seconds: what quanta in turn leave of ``allowed_seconds``, for a prompt that may come.
     """
 
     batch: int
@@ -45,6 +50,12 @@ class Situation:
     fits_memory: bool = True
     running: Quantum | None = None
     held: int | None = None
+    afterwards: int = 0
+    reserve_seconds: float = 0.0
+
+    def can_have(self, rung: Partition) -> bool:
+        """Whether finetuning can have the units of a rung."""
+        return bool(self.afterwards) or self.held in (None, rung.finetune)
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,7 @@ class Decision:
             of the step, quanta in turn included. reason: in words, for the report. wait_seconds: how long decoding
             waits for the quanta in turn; then it goes on beside what is left. tokens_per_second: of finetuning,
             expected. phase: of the finetune work beside the decode step (the slowest one); None: it runs alone.
+        after: quanta in turn that follow a step beside finetuning.
     """
 
     partition: Partition
@@ -65,6 +77,7 @@ class Decision:
     wait_seconds: float = 0.0
     tokens_per_second: float = 0.0
     phase: str | None = None
+    after: int = 0
 
 
 class Scheduler:
@@ -150,7 +163,7 @@ class Scheduler:
         for count, quantum in enumerate(situation.next_quanta, 1):
             mean, most = self._quantum(quantum, rung, situation.held)
             expected, bound, work = expected + mean, bound + most, work + self._work(quantum)
-            if not bound <= situation.allowed_seconds:
+            if not bound <= situation.allowed_seconds - situation.reserve_seconds:
                 break
             if best is None or work / expected > best.tokens_per_second:
                 best = Decision(rung, count, bound, "quanta after the step", bound - upper, work / expected)
@@ -158,11 +171,11 @@ class Scheduler:
 
     def _beside(self, situation: Situation, rung: Partition) -> Decision | None:
         """Quanta that start before the step is expected to end; the last one may go on beside the next step."""
-        if situation.held not in (None, rung.finetune):
+        if not situation.can_have(rung):
             return None
         granted = 0 if situation.running is None else 1
         queue = [situation.running, *situation.next_quanta] if situation.running else situation.next_quanta
-        step = upper = begun = work = 0.0
+        step = upper = begun = work = lasts = 0.0
         slowest, best, phases = "", None, set[str]()
         spans: list[tuple[float, float]] = []
         for count, quantum in enumerate(queue, 1):
@@ -178,8 +191,36 @@ class Scheduler:
                 break
             work = _done(spans, step)
             if best is None or work / step > best.tokens_per_second:
+                lasts = step
                 best = Decision(rung, count - granted, upper, "beside the step", 0.0, work / step, slowest)
-        return best
+        return best if best is None else self._then(situation, best, lasts, spans)
+
+    def _then(
+        self, situation: Situation, best: Decision, step: float, spans: Sequence[tuple[float, float]]
+    ) -> Decision:
+        """The same, and in turn as many quanta as are expected to fit after it; where they take longer, no more begin
+        when their time is up."""
+        room = situation.allowed_seconds - situation.reserve_seconds - best.predicted_seconds
+        if not situation.afterwards or best.quanta is None:
+            return best
+        rung = Partition(best.partition.decode, situation.afterwards, False)
+        begun = spans[: best.quanta + (situation.running is not None)]
+        work = sum(worth for _, worth in begun)
+        following = situation.next_quanta[best.quanta :]
+        taken = most = max(0.0, sum(span for span, _ in begun) - step)  # the one in flight when the step ends
+        found = best = replace(best, quanta=best.quanta + SPARE)
+        for count, quantum in enumerate(following, 1):
+            mean, upper = self._quantum(quantum, rung, None)
+            taken, most, work = taken + mean, most + upper, work + self._work(quantum)
+            if not taken <= room:
+                break
+            rate, wait = work / (step + taken), min(most, room)
+            if rate > found.tokens_per_second:
+                found = replace(
+                    best, after=count, wait_seconds=wait, predicted_seconds=best.predicted_seconds + wait,
+                    reason="beside the step, then in turn", tokens_per_second=rate,
+                )  # fmt: skip
+        return found
 
     def _trial(self, situation: Situation, found: Sequence[Decision]) -> Decision | None:
         """When it is time: a step on a partition that was hardly measured, or a pause that saves slack for it."""
@@ -192,7 +233,7 @@ class Scheduler:
             worth = [
                 rung
                 for rung in self.ladder
-                if rung.concurrent and situation.held in (None, rung.finetune) and not self.predictor.tried(rung)
+                if rung.concurrent and situation.can_have(rung) and not self.predictor.tried(rung)
                 if self._work(first) > self._typical * self._quantum(first, rung, None)[0]  # the most it could give
             ]
             # The least bound first: what is learnt there narrows that of the next.
@@ -212,12 +253,11 @@ class Scheduler:
 
     def _explore(self, situation: Situation) -> Decision:
         """One quantum of a phase never seen: in turn where that can be, so that its wait can be cut off."""
-        held = situation.held
         for rung in sorted((r for r in self.ladder if r.finetune), key=lambda r: (r.concurrent, -r.decode)):
             if rung.concurrent:
                 phase = situation.next_quanta[0].phase
                 bound = self._step(situation, rung, phase)[1]
-                if bound <= situation.allowed_seconds and held in (None, rung.finetune):
+                if bound <= situation.allowed_seconds and situation.can_have(rung):
                     return Decision(rung, 1, bound, "span not known: one quantum beside the step", phase=phase)
                 continue
             bound = self._step(situation, rung, None)[1]
@@ -230,14 +270,24 @@ class Scheduler:
     def _pause(self, situation: Situation, reason: str) -> Decision:
         whole = alone(self.units)
         if situation.running is None:
-            return Decision(whole, 0, self._step(situation, whole, None)[1], reason)
+            return self._alone(situation, reason)
         phase = situation.running.phase
-        rungs = [r for r in self.ladder if r.concurrent and situation.held in (None, r.finetune)]
+        rungs = [r for r in self.ladder if r.concurrent and situation.can_have(r)]
         if not rungs:  # a slice that outlived its wait: both on the whole machine until it ends
             both = Partition(self.units, self.units, True)
             return Decision(whole, 0, self._step(situation, both, phase)[1], reason, phase=phase)
         rung = min(rungs, key=lambda r: self._step(situation, r, phase)[1])
         return Decision(rung, 0, self._step(situation, rung, phase)[1], reason, phase=phase)
+
+    def _alone(self, situation: Situation, reason: str) -> Decision:
+        """Nothing beside the step. Fewer threads can be faster: where a third process is on the cores, those of a pool
+        wait for each other at every operator."""
+        decode = [self.units]
+        if situation.afterwards:
+            decode += sorted({rung.decode for rung in self.ladder if rung.concurrent}, reverse=True)
+        upper = {units: self._step(situation, Partition(units, 0, False), None)[1] for units in decode}
+        best = min(decode, key=lambda units: upper[units] / (1.0 if units < self.units else 1 + self.hysteresis))
+        return Decision(Partition(best, 0, False), 0, upper[best], reason)
 
     def _step(self, situation: Situation, rung: Partition, phase: str | None) -> tuple[float, float]:
         mean = upper = 0.0

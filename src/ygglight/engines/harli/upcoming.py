@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ygglight.engines.harli.gate import Quantum
+from ygglight.engines.harli.gate import Phase, Quantum
 
 LOOKAHEAD = 64
 """Quanta foretold at most: more than fit beside any decode step."""
@@ -19,8 +18,9 @@ class Upcoming:
     """
 
     def __init__(self) -> None:
-        self._pattern: list[tuple[str, int]] = []
-        self._seen: list[tuple[str, int]] = []
+        self._pattern: list[tuple[Phase, int]] = []
+        self._seen: list[tuple[Phase, int]] = []
+        self._tokens = 0
 
     def done(self, quanta: Sequence[Quantum]) -> None:
         """Quanta that ended, in order."""
@@ -30,12 +30,21 @@ class Upcoming:
             if self._seen and key == self._seen[0]:
                 self._pattern, self._seen = self._seen, []
             self._seen.append(key)
+            self._tokens = quantum.tokens
 
-    def after(self, quantum: Quantum) -> list[Quantum]:
-        """``quantum`` and those that would follow it up to the end of the step; alone while nothing is known."""
-        key = (quantum.phase, quantum.index)
-        if key not in self._pattern:
-            return [quantum]
-        start = self._pattern.index(key)
-        following = self._pattern[start + 1 : start + LOOKAHEAD]
-        return [quantum, *(type(quantum)(phase, index, quantum.tokens) for phase, index in following)]  # type: ignore[arg-type]
+    def after(self, quantum: Quantum | None) -> list[Quantum]:
+        """``quantum`` and those that would follow it, step after step; alone while nothing is known.
+
+        Args:
+            quantum: None: the training thread is between two steps.
+        """
+        first = [] if quantum is None else [quantum]
+        tokens = self._tokens if quantum is None else quantum.tokens
+        following = self._pattern
+        if quantum is not None:
+            key = (quantum.phase, quantum.index)
+            if key not in following:
+                return first
+            following = following[following.index(key) + 1 :]
+        cycle = itertools.islice(itertools.chain(following, itertools.cycle(self._pattern)), LOOKAHEAD - len(first))
+        return [*first, *(Quantum(phase, index, tokens) for phase, index in cycle)]
