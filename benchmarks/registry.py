@@ -19,8 +19,10 @@ BENCHMARKS: dict[str, str] = {
     "act_codec": "benchmarks.act_codec:run",
     "adacc": "benchmarks.adacc:run",
     "adacc_compiled": "benchmarks.adacc_compiled:run",
+    "clusterfusion": "benchmarks.clusterfusion:run",
     "expert_gemm": "benchmarks.expert_gemm:run",
     "harli": "benchmarks.harli:run",
+    "moe_speq": "benchmarks.moe_speq:run",
     "tree_attention": "benchmarks.tree_attention:run",
     "yggdrasil": "benchmarks.yggdrasil:run",
 }

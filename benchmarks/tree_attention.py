@@ -151,10 +151,11 @@ def _variants(size: Size, dtype: torch.dtype, width: int, options: Options) -> I
     if options.device == "cuda":  # eager launches hide what decoding in graphs sees
         for name, call in calls.items():
             check = partial(_check, name, call, expected, dtype, moved)
-            yield Variant(f"{name}-graph", _record(call).replay, check, inner=inner)
+            yield Variant(f"{name}-graph", record(call).replay, check, inner=inner)
 
 
-def _record(call: Callable[[], Tensor]) -> torch.cuda.CUDAGraph:
+def record(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of a call, after three warm-ups on a side stream."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

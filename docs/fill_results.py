@@ -58,6 +58,16 @@ SHORT: dict[str, dict[str, str]] = {
         "capped-2": "two layers after each decode step",
         "harli": "**Harli**",
     },
+    "moe_speq": {
+        "accelerate": "accelerate's offloading",
+        "lru-sc": "cache of experts, slots as beside the draft",
+        "lru-sm": "cache of experts, the same memory",
+        "k-4": "drafts of 4",
+        "k-4-no-prefetch": "drafts of 4, nothing sent ahead",
+        "k-8": "drafts of 8",
+        "moe-speq": '**MoE-SpeQ**, `k="auto"`',
+        "unoffloaded": "all experts in memory",
+    },
 }
 """Variants of a short table, in order, and what a reader is told; a benchmark that is not here shows all of them."""
 
@@ -153,6 +163,18 @@ def _sharing(rows: Sequence[Row]) -> str:
     return _table(rows, SHORT["harli"], heads, cells)
 
 
+def _offloading(rows: Sequence[Row]) -> str:
+    def cells(row: Row) -> list[str]:
+        found, ratio = json.loads(row["metrics"]), json.loads(row["ratios"] or "{}").get("lru-sm", 1.0)
+        moved = [found.get(f"{cause}_MB_per_token") for cause in ("demand", "prefetch")]
+        megabytes = "" if None in moved else f"{sum(moved):.0f} MB"
+        per_cycle = f"{found['per_cycle']:.2f}" if "per_cycle" in found else ""
+        return [f"{found['tokens_per_s']:.2f}", f"{1 / ratio:.2f}", megabytes, per_cycle]
+
+    heads = ["tokens a second", "speed, same memory is 1", "copied for a token", "tokens a pass"]
+    return _table(rows, SHORT["moe_speq"], heads, cells)
+
+
 def _table(
     rows: Sequence[Row], labels: Mapping[str, str], heads: Sequence[str], cells: Callable[[Row], Sequence[str]]
 ) -> str:
@@ -176,7 +198,11 @@ def _framed(rows: Sequence[Row], lines: Sequence[str]) -> str:
     return f"{first['case']}:\n\n" + "\n".join(lines) + f"\n\n<sub>{where}, {repeats} repeats, run {first['run']}</sub>"
 
 
-TABLES: dict[str, Callable[[Sequence[Row]], str]] = {"yggdrasil": _generation, "harli": _sharing}
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
+    "yggdrasil": _generation,
+    "harli": _sharing,
+    "moe_speq": _offloading,
+}
 """Short tables that are not of time and memory."""
 
 

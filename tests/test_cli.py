@@ -395,7 +395,7 @@ def test_doctor_reports(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "peft" else object())
     code, out, _ = run("doctor", capsys=capsys)
     assert code == 0
-    for expected in ("ygglight ", "torch ", "lightning ", "cpu ", "act_codec", "adacc_ddp", "recipes in"):
+    for expected in ("ygglight ", "torch ", "lightning ", "cpu ", "act_codec", "CLUSTERS", "adacc_ddp", "recipes in"):
         assert expected in out
     assert "missing extra lora (peft): pip install 'ygglight[lora]'" in out
     assert out.count("missing extra") == 1

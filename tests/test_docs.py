@@ -212,6 +212,7 @@ def test_every_class_for_users_has_its_table() -> None:
     assert told == {
         "AdaccStrategy", "AdaccMonitor", "CausalLM", "TextData",
         "HarliStrategy", "HarliMonitor",
+        "ClusterFusion",
         "YggdrasilStrategy", "GenerationWriter", "DistilledDraft", "DepthPredictorModule", "DecodeLogData",
     }  # fmt: skip
     from ygglight.strategies import AdaccDDPStrategy, AdaccModelParallelStrategy, AdaccStrategy

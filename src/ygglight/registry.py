@@ -92,6 +92,7 @@ STRATEGY_CLASSES: dict[str, str] = {
 DEMOS: dict[str, str] = {
     "adacc": "ygglight.demos.adacc:run",
     "harli": "ygglight.demos.harli:run",
+    "moe_speq": "ygglight.demos.moe_speq:run",
     "yggdrasil": "ygglight.demos.yggdrasil:run",
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 
 from ygglight.compat.generation import generation_models
 from ygglight.engines.clusterfusion.report import ModelReport
@@ -15,10 +15,10 @@ from ygglight.engines.clusterfusion.runtime import ClusterFusionRuntime
 class ClusterFusion(Callback):
     """Runs the attention half of decoder layers fused (ClusterFusion, arXiv 2508.18850), in predict, validate and test.
 
-    From the start of a stage to its end, every causal language model of transformers in the LightningModule takes its
-    steps of one token a sequence through one block: norm, projections, rotary embedding, KV append, attention and output
-    projection. Prompts, training, trees and whatever the block is not for run the model's own code. Works under any
-    strategy. At the end, also by an exception, the models are as they were, and a table says what ran how, and why.
+    From the start of a stage to its end, or an exception, every causal language model of transformers in the
+    LightningModule takes its steps of one token a sequence through one block: norm, projections, rotary embedding, KV
+    append, attention and output projection. Prompts, training, trees and whatever the block is not for run the model's
+    own code. Works under any strategy. A table at the end says what ran how, and why.
 
     Args:
         enabled: ``auto`` measures plain and fused steps once a model and machine, and takes what is faster; on a CPU it
@@ -63,8 +63,8 @@ class ClusterFusion(Callback):
             }
             if not named and self.enabled is True:
                 raise TypeError(
-                    f"{type(pl_module).__name__} holds no causal language model of transformers, so there is nothing to "
-                    "fuse: leave ClusterFusion out, or load the model in configure_model"
+                    f"{type(pl_module).__name__} holds no causal language model of transformers, so there is nothing "
+                    "to fuse: leave ClusterFusion out, or load the model in configure_model"
                 )
             size = None if self.cluster_size == "auto" else self.cluster_size
             self.runtime = ClusterFusionRuntime(named, self.enabled, size, self.context)
@@ -75,19 +75,20 @@ class ClusterFusion(Callback):
     on_test_start = _start
 
     # -- off ---------------------------------------------------------------------------------------------------------
-    def _stop(self, *args: Any) -> None:
+    def _stop(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.runtime is not None:
             self.runtime.stop()
 
     on_predict_end = _stop
     on_validation_end = _stop
     on_test_end = _stop
-    on_exception = _stop
 
-    @rank_zero_only
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Put everything back."""
+        self._stop(trainer, pl_module)
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Say what ran how."""
-        if self.runtime is None:
-            return
-        self.runtime.stop()
-        rank_zero_info("ClusterFusion:\n" + (self.runtime.table() or "  no causal language model of transformers"))
+        if self.runtime is not None:
+            self.runtime.stop()
+            rank_zero_info("ClusterFusion:\n" + (self.runtime.table() or "  no causal language model of transformers"))

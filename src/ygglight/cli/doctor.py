@@ -51,6 +51,13 @@ def kernels() -> list[tuple[str, str, str]]:
     return [(kernel.name, kernel.implementation, kernel.reason) for kernel in list_kernels()]
 
 
+def clusters() -> list[tuple[str, str]]:
+    """Each CUDA device with the sizes of thread-block clusters that the fused decode block has there, or why none."""
+    from ygglight.kernels.cluster_decode import cluster_support
+
+    return cluster_support()
+
+
 def main(argv: Sequence[str]) -> int:
     """Prints the report."""
     argparse.ArgumentParser(
@@ -59,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
     print(table([("PACKAGE", "VERSION"), *versions()]), end="\n\n")
     print(table([("DEVICE", ""), *devices()]), end="\n\n")
     print(table([("KERNEL", "RUNS AS", "WHY"), *kernels()]), end="\n\n")
+    print(table([("CLUSTERS", ""), *clusters()]), end="\n\n")
     names = [(row.name, "refuses: " + row.refusal if row.refusal else row.description) for row in STRATEGIES]
     print(table([("STRATEGY", ""), *names]), end="\n\n")
     print(f"{len(list_recipes())} recipes in {recipes_dir()}")

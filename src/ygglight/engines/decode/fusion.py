@@ -98,13 +98,18 @@ def decide(
             try:
                 steps[name] = prepare(made[name])
                 _seconds(steps[name], device)
+            except torch.OutOfMemoryError:
+                raise  # says nothing of the way, and must not be remembered
             except Exception as error:  # clusters that the device cannot hold, tiles that do not compile
                 steps.pop(name, None)
                 refused[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         return {"seconds": _times(steps, device), "refused": refused}
 
     key = {"what": "fused step", "triton": _triton(), "ways": sorted(ways), **fingerprint(model, device), **key}
-    found = remember(key, measure)
+    try:
+        found = remember(key, measure)
+    except torch.OutOfMemoryError:
+        return Decision(PLAIN, "there was not enough memory to measure fused steps")
     return _choose(model, found["seconds"], found["refused"], ways, made)
 
 

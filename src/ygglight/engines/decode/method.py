@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 class RunReport(Protocol):
     """Totals of a method, or of one text."""
 
+    generations: int
     fallbacks: Counter[str]
 
     def add(self, other: Self) -> None:
@@ -140,6 +141,11 @@ class DecodingMethod(ABC, Generic[E, R]):
         if engine is None:
             engine = self._engines[model] = self._make(model)
         return engine
+
+    @property
+    def used(self) -> bool:
+        """Whether there is anything to report."""
+        return bool(self.report.generations or self.report.fallbacks)
 
     def release(self) -> None:
         """Give the caches back."""

@@ -6,16 +6,30 @@ cache once and compute next to nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
+import torch
 from torch import Tensor
 
 from ygglight.kernels import _dispatch
 from ygglight.kernels.cluster_decode.checks import check_inputs
-from ygglight.kernels.cluster_decode.choose import Choice, Path, choose_path, describe
+from ygglight.kernels.cluster_decode.choose import (
+    CLUSTER_SIZES,
+    Choice,
+    Path,
+    choose_path,
+    cluster_support,
+    describe,
+    possible_paths,
+)
+from ygglight.kernels.cluster_decode.operation import Operation
 from ygglight.kernels.cluster_decode.reference import decode_block_reference
 from ygglight.kernels.cluster_decode.spec import BlockSpec, BlockWeights
 
 __all__ = [
-    "BlockSpec", "BlockWeights", "Choice", "Path", "choose_path", "decode_block", "decode_block_reference",
+    "CLUSTER_SIZES", "BlockSpec", "BlockWeights", "Choice", "Path", "block_ways", "choose_path", "cluster_support",
+    "decode_block", "decode_block_reference",
 ]  # fmt: skip
 
 _dispatch.register("cluster_decode", has_kernel=True, describe=describe)
@@ -35,13 +49,15 @@ def decode_block(
     *,
     mask: Tensor | None = None,
     slots: Tensor | None = None,
+    blocks: int | None = None,
 ) -> Tensor:
     """Runs one new token of each sequence through the block; forward only.
 
     A token attends to itself and to every committed slot that is below its length, inside the window, allowed by the
     mask and not the slot that ``slots`` writes. Slots at or beyond the length and that of ``slots`` may hold anything;
     those that only the mask hides must be finite, for they are multiplied by zero. Nothing is read from the device and
-    all sizes follow from shapes, so calls can be recorded in a CUDA graph; the same input gives the same bits.
+    all sizes follow from shapes, so calls can be recorded in a CUDA graph; the same input gives the same bits. In a
+    graph of `torch.compile` it is one operation, which declares what it writes.
 
     Args:
         x: ``[B, hidden]``, the residual stream before the norm; float16, bfloat16, float32 or float64.
@@ -57,6 +73,8 @@ def decode_block(
         slots: int32 or int64 ``[B]`` on the device. Then ``new_keys`` and ``new_values`` are whole caches
             ``[B, kv_heads, C', head_dim]``, and the token goes to this slot: what a CUDA graph needs, where a view of
             a slot would be the same slot at each replay.
+        blocks: Of a cluster, where the cluster block runs; 0 leaves it to the split-K kernels; by default the size that
+            fills the device.
 
     Returns:
         ``[B, output size]`` in the dtype of ``x``, before the residual is added.
@@ -65,15 +83,37 @@ def decode_block(
         ValueError: shapes, dtypes or devices do not fit, or a gradient would be needed.
         RuntimeError: YGGLIGHT_KERNELS=triton where no kernel can run.
     """
+    if torch.compiler.is_compiling():
+        return _operation(
+            x, weights, spec, cos, sin, keys, values, lengths, new_keys, new_values, mask, slots, blocks
+        )  # fmt: skip
     check_inputs(x, weights, spec, cos, sin, keys, values, lengths, new_keys, new_values, mask, slots)
     inputs = (x, weights, spec, cos, sin, keys, values, lengths, new_keys, new_values, mask, slots)
     path = choose_path(spec, x.dtype, x.device, batch=len(x), mask=None if mask is None else mask.dtype).path
     if path == "torch":
         return decode_block_reference(*inputs)
-    if path == "split_k":
+    if path == "split_k" or blocks == 0:
         from ygglight.kernels.cluster_decode import split_k
 
         return split_k.launch(*inputs)
     from ygglight.kernels.cluster_decode import cluster
 
-    return cluster.launch(*inputs)
+    return cluster.launch(*inputs, blocks=blocks)
+
+
+_operation = Operation(decode_block)
+
+
+def block_ways(device: torch.device) -> tuple[dict[str, Callable[..., Tensor]], str]:
+    """The ways in which a device can run `decode_block`, by name, to be measured; and a line that says why not more.
+
+    Args:
+        device: Where the model is.
+
+    Returns:
+        Functions in the form of `decode_block`, which take another way for calls that theirs has nothing for; none
+        where plain torch alone can run.
+    """
+    paths, reason = possible_paths(device)
+    sizes = ([0] if "split_k" in paths else []) + (list(CLUSTER_SIZES) if "cluster" in paths else [])
+    return {f"cluster {size}" if size else "split_k": partial(decode_block, blocks=size) for size in sizes}, reason

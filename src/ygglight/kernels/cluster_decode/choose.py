@@ -19,6 +19,8 @@ CLUSTER_TRITON = (3, 8)
 """Before it neither reductions nor layout conversions cross the blocks of a cluster (triton-lang/triton#9221)."""
 CLUSTER_CAPABILITY = (9, 0)
 """The cluster block was compiled and checked for Hopper only."""
+CLUSTER_SIZES = (1, 2, 4, 8)
+"""Blocks of a cluster; 8 is the largest that every Hopper GPU takes."""
 CLUSTER_HEAD_DIMS = (64, 80, 96, 128, 256)
 CLUSTER_BATCH = 8
 """Most sequences of the cluster block. A guess until measured: each has clusters of its own, which share L2 alone."""
@@ -71,6 +73,42 @@ def choose_path(
     if wish not in ("auto", choice.path):
         raise RuntimeError(f"{ENVIRONMENT_VARIABLE}={wish} cannot run here ({choice.reason}): unset it")
     return choice
+
+
+def possible_paths(device: torch.device) -> tuple[tuple[Path, ...], str]:
+    """The kernels that a device can run, whatever the block, and one line that says why not more.
+
+    Args:
+        device: Where the tensors would be.
+
+    Raises:
+        RuntimeError: an environment variable asks for what cannot run here.
+        ValueError: an environment variable holds an unknown word.
+    """
+    wish = _wish()
+    if wish == "torch":
+        return (), f"{ENVIRONMENT_VARIABLE}=torch"
+    info = _dispatch.implementation("cluster_decode", device.type)
+    if info.implementation != "triton":
+        return (), info.reason
+    obstacle = _why_no_clusters(device)
+    found: tuple[Path, ...] = ("split_k",) if obstacle is not None else ("cluster", "split_k")
+    return tuple(path for path in found if wish in ("auto", path)), obstacle or _clusters_run()
+
+
+def cluster_support() -> list[tuple[str, str]]:
+    """For `ygglight doctor`: each CUDA device, and which sizes of clusters the block has there or why none."""
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    if not devices:
+        found = _triton_version()
+        missing = f"Triton {_dotted(CLUSTER_TRITON)} or later" if found < CLUSTER_TRITON else ""
+        wanted = f"a CUDA device of compute capability {_dotted(CLUSTER_CAPABILITY)}"
+        return [("-", "none: needs " + " and ".join(part for part in (wanted, missing) if part))]
+    rows = []
+    for device in devices:
+        obstacle, sizes = _why_no_clusters(device), ", ".join(map(str, CLUSTER_SIZES))
+        rows.append((str(device), f"{sizes} blocks: {_clusters_run()}" if obstacle is None else f"none: {obstacle}"))
+    return rows
 
 
 def describe(info: _dispatch.KernelInfo) -> _dispatch.KernelInfo:

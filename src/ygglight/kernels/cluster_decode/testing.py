@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ygglight.kernels.cluster_decode.spec import BlockSpec, BlockWeights
 
@@ -129,3 +130,57 @@ def make_block(
     if in_place:
         inputs["slots"] = torch.tensor(lengths)
     return Block(spec, weights, inputs)
+
+
+def unfused_block(block: Block) -> Tensor:
+    """The output of a block as a model computes it: each step in the dtype of the weights, in plain torch.
+
+    Args:
+        block: To run; its cache is not written.
+    """
+    spec, weights, given = block.spec, block.weights, block.inputs
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + spec.eps)
+        return (wide * (weight.float() + spec.norm_offset)).to(x.dtype)
+
+    def turn(x: Tensor) -> Tensor:
+        half = spec.rotary_dim // 2
+        cos, sin = given["cos"][:, None, :half], given["sin"][:, None, :half]
+        turned, rest = x[..., : spec.rotary_dim], x[..., spec.rotary_dim :]
+        if spec.interleaved_rope:
+            first, second = turned[..., ::2], turned[..., 1::2]
+            both = torch.stack((first * cos - second * sin, second * cos + first * sin), -1).flatten(-2)
+        else:
+            first, second = turned.chunk(2, dim=-1)
+            both = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+        return torch.cat((both, rest), -1)
+
+    x = norm(given["x"], weights.norm)
+    query, key, value = (
+        functional.linear(x, weight, bias).unflatten(-1, (-1, spec.head_dim))
+        for weight, bias in (
+            (weights.q, weights.q_bias), (weights.k, weights.k_bias), (weights.v, weights.v_bias),
+        )
+    )  # fmt: skip
+    if weights.q_norm is not None and weights.k_norm is not None:
+        query, key = norm(query, weights.q_norm), norm(key, weights.k_norm)
+    query, key = turn(query), turn(key)
+    rows = []
+    for row, length in enumerate(given["lengths"].tolist()):
+        seen = torch.ones(length, dtype=torch.bool, device=x.device)
+        if spec.window is not None:
+            seen[: max(0, length - spec.window + 1)] = False
+        if "mask" in given:
+            seen &= given["mask"][row, :length]
+        keys, values = (
+            torch.cat((given[name][row, :, :length][:, seen], new[row, :, None]), 1).repeat_interleave(spec.group, 0)
+            for name, new in (("keys", key), ("values", value))
+        )
+        scores = (keys @ query[row, :, :, None])[..., 0] * spec.scale
+        if spec.softcap is not None:
+            scores = spec.softcap * torch.tanh(scores / spec.softcap)
+        weighted = scores.softmax(-1, dtype=torch.float32).to(keys.dtype)
+        rows.append((weighted[:, None] @ values).flatten())
+    return functional.linear(torch.stack(rows), weights.o, weights.o_bias)
