@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 import ygglight  # noqa: F401  (registers the names)
 from ygglight.callbacks import MoESpeQMonitor
 from ygglight.callbacks.moe_speq_monitor import summary
-from ygglight.callbacks.moe_speq_picture import Sample
+from ygglight.callbacks.moe_speq_picture import Sample, draw_run
 from ygglight.strategies import MoESpeQStrategy
 
 NEW, BATCHES = 12, 3
@@ -87,6 +87,45 @@ def test_shares_are_of_what_was_asked_for() -> None:
 def test_another_strategy_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="strategy='moe_speq'"):
         run(MoESpeQMonitor(), "auto", tmp_path)
+
+
+def test_a_fit_with_it_goes_on(tmp_path: Path) -> None:
+    """The same callbacks for fit and predict: in the validation of a fit there is nothing to watch."""
+
+    class Learns(Writes):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self.model(input_ids=batch, labels=batch).loss
+
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+            pass
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    rows = DataLoader(torch.arange(10).view(2, 5), batch_size=1)
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1, logger=False, callbacks=[MoESpeQMonitor()], enable_progress_bar=False,
+        enable_checkpointing=False, enable_model_summary=False, max_steps=1,
+    )  # fmt: skip
+    trainer.fit(Learns(), rows, rows)
+    assert trainer.global_step == 1
+
+
+@pytest.mark.parametrize("cycles", [1, 10, 200])
+def test_a_picture_spans_all_cycles(cycles: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    spans: list[Any] = []
+    right = axes.stackplot
+    monkeypatch.setattr(
+        axes, "stackplot", lambda self, x, *args, **kw: (spans.append(list(x)), right(self, x, *args, **kw))[1]
+    )
+    draw_run(tmp_path / "a.svg", [Sample(2, 3, 0.1, Counter(requests=2, hits=2, demand_bytes=5))] * cycles)
+    assert spans and all(span[0] == 0 and span[-1] == cycles for span in spans)
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_before_the_run() -> None:
+    with pytest.raises(ValueError, match=r"picture='run\.txt'.*\.png"):
+        MoESpeQMonitor(picture="run.txt")
 
 
 def test_the_rows_are_at_least_a_batch_apart() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from ygglight.callbacks.moe_speq_picture import Sample, draw_run
+from ygglight.callbacks.moe_speq_picture import KINDS, Sample, draw_run
 from ygglight.compat.extras import require
 
 _STAGES = {"predict", "validate", "test"}
@@ -28,12 +28,14 @@ class MoESpeQMonitor(Callback):
         picture: Where to draw the run when it ends (.png or .svg); None: no picture. Needs matplotlib.
 
     Raises:
-        ValueError: ``every_n_batches`` is below 1.
+        ValueError: ``every_n_batches`` is below 1, or the picture is of a kind that cannot be drawn.
     """
 
     def __init__(self, every_n_batches: int = 1, picture: str | None = None) -> None:
         if every_n_batches < 1:
             raise ValueError(f"every_n_batches must be at least 1, not {every_n_batches}")
+        if picture is not None and Path(picture).suffix not in KINDS:
+            raise ValueError(f"picture={picture!r}: name a file that ends in {', '.join(KINDS)}")
         self.every_n_batches, self.picture = every_n_batches, picture
         self.samples: list[Sample] = []
         """One a cycle, over all models and batches of the run."""
@@ -59,6 +61,8 @@ class MoESpeQMonitor(Callback):
 
     # -- cycle by cycle ----------------------------------------------------------------------------------------------
     def _start(self, trainer: Trainer) -> None:
+        if trainer.state.fn == "fit":  # its validation, for which setup has refused no strategy
+            return
         strategy: Any = trainer.strategy
         for name, engine in strategy.engines.items():
             strategy.methods[name].watch = partial(self._cycle, name, engine)

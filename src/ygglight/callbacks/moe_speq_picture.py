@@ -11,8 +11,9 @@ from typing import Any
 from ygglight.compat.extras import require
 
 HIT, LATE, MISS, SPEED = "#2d4a8a", "#d9a441", "#c8553d", "#444444"
+KINDS = (".png", ".svg", ".pdf")
 SMOOTH = 8
-"""Cycles that a point of a rate is the mean of."""
+"""Cycles that a rate is the mean of, in a long run."""
 
 
 @dataclass(frozen=True)
@@ -47,21 +48,26 @@ def draw_run(path: Path, samples: Sequence[Sample]) -> Path:
     figure = figure_module.Figure(figsize=(9, 6), layout="constrained")
     agg.FigureCanvasAgg(figure)
     speed, experts, moved = figure.subplots(3, 1, sharex=True)
-    groups = [samples[at : at + SMOOTH] for at in range(0, len(samples), SMOOTH)]
-    cycles = [min(at + SMOOTH / 2, len(samples)) for at in range(0, len(samples), SMOOTH)]
+    smooth = max(1, min(SMOOTH, len(samples) // 16))
+    starts = range(0, len(samples), smooth)
+    groups = [samples[at : at + smooth] for at in starts]
+    edges = [*starts, len(samples)]
     rates = [sum(s.tokens for s in group) / max(sum(s.seconds for s in group), 1e-9) for group in groups]
-    speed.plot(cycles, rates, color=SPEED, linewidth=1.5, label="tokens a second")
+    speed.step(edges, [*rates, rates[-1]], where="post", color=SPEED, linewidth=1.5)
     speed.set_ylabel("tokens/s")
     drafted = speed.twinx()
-    drafted.step(range(len(samples)), [s.k for s in samples], where="post", color=HIT, linewidth=1, alpha=0.6)
+    ks = [s.k for s in samples]
+    drafted.step(range(len(ks) + 1), [*ks, ks[-1]], where="post", color=HIT, linewidth=1, alpha=0.6)
     drafted.set_ylabel("k", color=HIT)
     drafted.set_ylim(bottom=0)
+    drafted.yaxis.get_major_locator().set_params(integer=True)
+    drafted.spines["top"].set_visible(False)
     _stack(
-        experts, cycles, groups, {"hits": ("in a slot", HIT), "late": ("on the way", LATE), "misses": ("missing", MISS)}
+        experts, edges, groups, {"hits": ("in a slot", HIT), "late": ("on the way", LATE), "misses": ("missing", MISS)}
     )
     experts.set_ylabel("experts a cycle")
     _stack(
-        moved, cycles, groups,
+        moved, edges, groups,
         {"prefetch_bytes": ("sent ahead", LATE), "demand_bytes": ("on demand", MISS)}, scale=2**-20,
     )  # fmt: skip
     moved.set_ylabel("MiB a cycle")
@@ -75,10 +81,11 @@ def draw_run(path: Path, samples: Sequence[Sample]) -> Path:
 
 
 def _stack(
-    axes: Any, cycles: Sequence[float], groups: Sequence[Sequence[Sample]], parts: dict[str, tuple[str, str]],
+    axes: Any, edges: Sequence[int], groups: Sequence[Sequence[Sample]], parts: dict[str, tuple[str, str]],
     scale: float = 1.0,
 ) -> None:  # fmt: skip
-    heights = [[scale * sum(s.counts[name] for s in group) / len(group) for group in groups] for name in parts]
+    means = [[scale * sum(s.counts[name] for s in group) / len(group) for group in groups] for name in parts]
     labels, colours = zip(*parts.values(), strict=True)
-    axes.stackplot(cycles, heights, labels=labels, colors=colours, linewidth=0, alpha=0.85)
-    axes.legend(frameon=False, fontsize=8, loc="upper right")
+    heights = [[*each, each[-1]] for each in means]
+    axes.stackplot(edges, heights, labels=labels, colors=colours, linewidth=0, alpha=0.85, step="post")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -24,6 +24,7 @@ from ygglight.engines.moe_speq.quantize import Calibration, record
 BLOCK = 512
 """Tokens of a calibration pass."""
 KINDS = ("moe-draft",)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,8 +38,9 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--tokens", type=int, default=8192, help="of the text that are used (default: %(default)s)")
     parser.add_argument(
-        "--dtype", default="auto", help="of the weights, as the run will have them (default: the file's)"
-    )
+        "--dtype", default="auto", choices=DTYPES,
+        help="of the weights, as the run will have them: for CausalLM float32 unless told so (default: the file's)",
+    )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="replace the file if it is there")
     args = parser.parse_args(argv[1:])
     _check(args)

@@ -55,7 +55,9 @@ def run(short: bool, out: Path) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning.*")
     module, about = model(new)
-    whole = sum(site.experts * site.layout.nbytes for site in find_sites(module.model))  # type: ignore[arg-type]
+    assert module.model is not None
+    sites = find_sites(module.model)
+    whole = sum(site.experts * site.layout.nbytes for site in sites)
     budget = int(SHARE * whole)
     print(
         f"{about}\n{format_bytes(whole)} of experts, {format_bytes(budget)} on the device, the rest behind a link of "
@@ -107,7 +109,8 @@ def copies(dense: Any, ids: Tensor) -> Any:
         dense: A Llama. ids: int64 ``[1, n]``, of the text.
     """
     moe = upcycle(dense, range(dense.config.num_hidden_layers), EXPERTS, TOP_K).eval()
-    gates = [layer.mlp.gate for layer in hf.decoder_layers(moe)]
+    layers: Any = hf.decoder_layers(moe)
+    gates = [layer.mlp.gate for layer in layers]
     seen: list[Tensor] = []
     hooks = [gate.register_forward_hook(lambda _, given, made: seen.append(given[0])) for gate in gates]
     moe.get_decoder()(input_ids=ids, use_cache=False)
@@ -117,9 +120,7 @@ def copies(dense: Any, ids: Tensor) -> Any:
     return moe
 
 
-def _generate(
-    name: str, module: CausalLM, strategy: Any, count: int, callbacks: list[Any] | None = None
-) -> Result:  # fmt: skip
+def _generate(name: str, module: CausalLM, strategy: Any, count: int, callbacks: list[Any] | None = None) -> Result:
     trainer = L.Trainer(
         strategy=strategy, accelerator="auto", devices=1, logger=False, enable_progress_bar=False,
         enable_model_summary=False, enable_checkpointing=False, callbacks=callbacks,

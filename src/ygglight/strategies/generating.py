@@ -139,14 +139,18 @@ class GeneratingStrategy(OneDeviceStrategy):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-        if not self._told:
-            self._told = True
-            for name, method in self._methods.items():
-                if method.report.generations or method.report.fallbacks:
-                    rank_zero_info(f"{self.name}, {name}:\n{method.report.table()}")
-                method.release()
-            if not self._enabled:
-                rank_zero_info(f"{self.name}: off (enabled=False): transformers generated everything")
-        if torch.cuda.is_available() and self.root_device.type == "cuda":
-            torch.cuda.empty_cache()
-        super().teardown()
+        with ExitStack() as stack:  # all of it is done, whatever fails
+            stack.callback(super().teardown)
+            if torch.cuda.is_available() and self.root_device.type == "cuda":
+                stack.callback(torch.cuda.empty_cache)
+            if not self._told:
+                self._told = True
+                for name, method in reversed(self._methods.items()):  # the first of a stack comes last
+                    stack.callback(self._tell, name, method)
+                    stack.callback(method.release)  # first, for it completes the report
+                if not self._enabled:
+                    rank_zero_info(f"{self.name}: off (enabled=False): transformers generated everything")
+
+    def _tell(self, name: str, method: DecodingMethod[Any, Any]) -> None:
+        if method.used:
+            rank_zero_info(f"{self.name}, {name}:\n{method.report.table()}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from ygglight.engines.memory.sizes import parse_bytes
 from ygglight.engines.moe_speq.budget import free_for_experts
 from ygglight.engines.moe_speq.config import Config
 from ygglight.engines.moe_speq.engine import Engine
@@ -25,8 +26,8 @@ class MoESpeQStrategy(GeneratingStrategy):
 
     Args:
         expert_budget: Device memory for routed experts, as "8GiB" or in bytes: the draft, the slots of the cache and
-            the staging buffers together. "auto": what the device has free once the rest of the model is there, less a
-            tenth.
+            the staging buffers together; several models share it. "auto": what the device has free once the rest of
+            the model is there, less a tenth.
         k: Tokens to draft a cycle: ``auto`` measures this machine and chooses as it goes, 0 (no drafting) among the
             choices; or a fixed number.
         k_max: Most tokens that ``auto`` drafts.
@@ -109,10 +110,14 @@ class MoESpeQStrategy(GeneratingStrategy):
                 sparse[name] = model
         if refusals and not sparse:
             raise ValueError(f"MoESpeQStrategy: {refusals[0]}") from refusals[0]
-        for name, model in sparse.items():
-            budget = self._budget
-            if budget == "auto":
-                budget = free_for_experts(model, self.root_device) // len(sparse)
+        sizes = {name: sum(s.experts * s.layout.nbytes for s in find_sites(model)) for name, model in sparse.items()}
+        total = unserved = sum(sizes.values())
+        for name, model in sparse.items():  # each gets its share of one budget
+            if self._budget == "auto":
+                budget = free_for_experts(model, self.root_device) * sizes[name] // unserved
+            else:
+                budget = parse_bytes(self._budget) * sizes[name] // total
+            unserved -= sizes[name]
             method = self._methods[name] = MoESpeQGenerate(budget, device=str(self.root_device), **self._options)
             method.engine(model)
 
@@ -129,10 +134,17 @@ class MoESpeQStrategy(GeneratingStrategy):
 
     @property
     def methods(self) -> dict[str, Any]:
-        """What decodes, by name of the model in the module; empty outside of a run."""
+        """What decodes, by name of the model in the module; after a run, what did."""
         return self._methods
+
+    @property
+    def brings_experts(self) -> bool:
+        """Whether a model can run whose experts are not in memory, as ``CausalLM(experts="disk")`` makes it."""
+        return self._enabled
 
     @property
     def engines(self) -> dict[str, Engine]:
         """What has the experts, by name of the model in the module; empty outside of a run."""
+        if self._told:  # an engine that is asked for now would take the experts once more
+            return {}
         return {name: method.engine(self._models[name]) for name, method in self._methods.items()}

@@ -64,6 +64,17 @@ def test_logits_and_text_are_those_of_eager_experts(name: str) -> None:
     assert torch.equal(model(ids).logits, expected)
 
 
+def test_a_compiler_leaves_the_runtime_alone() -> None:
+    model, seen = tiny_moe("mixtral"), []
+    attachment, runtime = attached(model)
+    right = runtime.forward
+    runtime.forward = lambda *args: (seen.append(torch.compiler.is_compiling()), right(*args))[1]  # type: ignore[method-assign]
+    with torch.no_grad():
+        torch.compile(model.model.layers[0].mlp, backend="eager")(torch.randn(1, 5, 64))
+    attachment.detach()
+    assert seen == [False]
+
+
 def test_detach_gives_the_same_objects_back() -> None:
     model = tiny_moe("mixtral")
     model.model.layers[0].mlp.experts.down_proj.requires_grad_(False)

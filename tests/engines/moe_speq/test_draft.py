@@ -144,7 +144,7 @@ def test_wrong_files(tmp_path):
         return str(caught.value)
 
     assert "other experts" in why(of=parts(seed=1)[1:])
-    assert "other experts" in why(of=parts(dtype=torch.bfloat16)[1:])
+    assert "--dtype bfloat16" in why(of=parts(dtype=torch.bfloat16)[1:])
     assert "other experts" in why(of=parts("olmoe")[1:])
     assert "is damaged" in why(good[:-100])
     assert "is damaged" in why(good[:100])

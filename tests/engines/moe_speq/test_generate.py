@@ -139,6 +139,22 @@ def test_release_gives_the_very_parameters_back(model: Any) -> None:
     assert list(after) == list(before) and all(torch.equal(after[name], p) for name, p in before.items())
 
 
+@pytest.mark.parametrize("where", ["host", "disk"])
+def test_taken_and_given_back_under_inference_mode_a_model_can_be_trained(model: Any, where: str) -> None:
+    expected = plain(model, tokens(9), 6)
+    made = method(model, 2, CopyDraft(model), experts=where)
+    with torch.inference_mode():
+        found = plain(model, tokens(9), 6, custom_generate=made)
+    again = plain(model, tokens(9), 6, custom_generate=made)
+    with torch.inference_mode():
+        made.release()
+    assert torch.equal(found, expected) and torch.equal(again, expected)
+    model.train()(input_ids=tokens(9), labels=tokens(9)).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    experts = [p for name, p in model.named_parameters() if ".experts." in name]
+    assert experts and all(p.grad is not None and not p.is_inference() for p in experts)
+
+
 def test_a_long_prompt_goes_in_chunks_and_fits_a_larger_cache(made: MoESpeQGenerate) -> None:
     model = tiny_moe("mixtral", max_position_embeddings=2048)
     made = method(model, 2, CopyDraft(model, 0.1))
@@ -207,7 +223,8 @@ def test_an_engine_says_why_it_does_not_draft(model: Any) -> None:
     [
         ({"k": -1}, "k=-1"), ({"k": "often"}, "k='often'"), ({"k_max": 65}, "k_max=65"), ({"staging": 0}, "staging=0"),
         ({"draft_bits": 8}, "draft_bits=8"), ({"link": {"speed": 1}}, "link="),
-        ({"link": {"bandwidth": 0}}, "bandwidth"), ({"max_tokens": 1}, "max_tokens=1"),
+        ({"link": {"bandwidth": 0}}, "bandwidth"), ({"link": {"bandwidth": None}}, "bandwidth"),
+        ({"max_tokens": 1}, "max_tokens=1"),
         ({"experts": "tape"}, "experts='tape'"), ({"prefetch_cap": "a lot"}, "a lot"),
         ({"max_cycle_seconds": 0}, "max_cycle_seconds"), ({"expert_budget": "-1"}, "size"),
     ],

@@ -201,3 +201,14 @@ def test_where_experts_go() -> None:
         store_for(model, sites, where="host", device="cpu", path="x")
     with pytest.raises(ValueError, match="load_without_experts"):
         store_for(model, find_sites(model.to("meta")), device="cpu")
+
+
+@pytest.mark.gpu
+def test_a_model_that_was_on_the_gpu_has_its_experts_there_again() -> None:
+    model = tiny_moe("mixtral").cuda()
+    experts = model.model.layers[0].mlp.experts
+    expected = experts.down_proj.clone()
+    store = store_for(model, find_sites(model), device="cuda")
+    assert not experts.down_proj.is_cuda
+    store.close()
+    assert all(p.is_cuda for p in model.parameters()) and torch.equal(experts.down_proj, expected)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from typing import Any, NoReturn, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ygglight.compat.experts import experts_config, register_experts
@@ -96,7 +97,7 @@ class Attachment:
                 return self
             raise ValueError("this attachment has a model and a runtime already: detach it first")
         sites = find_sites(model)
-        register_experts(NAME, _forward)
+        register_experts(NAME, torch.compiler.disable(_forward))  # cache and copies are nothing that could be compiled
         configs: dict[int, Any] = {}
         try:
             for site in sites:

@@ -80,8 +80,9 @@ class Config:
             known = {"bandwidth", "latency"}
             if not isinstance(self.link, Mapping) or not set(self.link) <= known:
                 raise ValueError(f"link={self.link!r} is not a mapping of bandwidth (bytes a second) and latency")
-            if self.link.get("bandwidth", 1) <= 0 or self.link.get("latency", 0) < 0:
-                raise ValueError(f"link={dict(self.link)!r}: bandwidth must be positive and latency not negative")
+            numbers = all(isinstance(value, (int, float)) for value in self.link.values())
+            if not numbers or self.link.get("bandwidth", 1) <= 0 or self.link.get("latency", 0) < 0:
+                raise ValueError(f"link={dict(self.link)!r}: bandwidth must be a positive number, latency not negative")
 
     @property
     def budget(self) -> int:

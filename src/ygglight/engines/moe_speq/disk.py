@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import functools
+import logging
 import mmap
 import os
 import threading
@@ -14,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ygglight.compat.folders import cache_root, publish
+from ygglight.compat.folders import cache_root
 from ygglight.engines.moe_speq.layout import Site, SlabLayout
 from ygglight.engines.moe_speq.parameters import ParameterStore
 from ygglight.engines.moe_speq.slab_file import SlabFile, open_slabs, write_slabs
 
 __all__ = ["DiskStore", "Piece"]
+
+log = logging.getLogger(__name__)
 
 _PAGE = 4096  # bytes; what O_DIRECT wants offsets, lengths and addresses to be multiples of, on every common disk
 _BOUNCE = 8 * 2**20  # bytes of the buffer that a thread reads into past the page cache
@@ -115,7 +119,7 @@ class DiskStore:
     ) -> None:
         if not hasattr(os, "preadv"):
             raise ValueError("this system has no preadv, by which experts are read from disk: use where='host'")
-        self.layers, self.nbytes = len(pieces), layout.nbytes
+        self.layout, self.layers, self.nbytes = layout, len(pieces), layout.nbytes
         self.bytes_total = sum(map(len, pieces)) * layout.nbytes
         self.path = files[0]
         self._pieces, self._files = pieces, list[_File]()
@@ -202,13 +206,23 @@ class DiskStore:
                 raise OSError(error.errno, f"cannot read {where}: {error.strerror}", str(file.path)) from error
 
     def close(self) -> None:
-        """Close the files; parameters that were views of them are read back into memory. Again: nothing."""
+        """Read parameters that were views of the files back into memory, and close the files. Again: nothing.
+
+        Raises:
+            OSError: some cannot be read back, and hold no values from now on (meta device).
+        """
+        source, self._source = self._source, None
+        fault: OSError | None = None
+        for layer in range(self.layers if source is not None else 0):
+            try:
+                source.own_memory(layer, functools.partial(self.read_into, layer))  # type: ignore[union-attr]
+            except OSError as error:
+                fault = error
         for file in self._files:
             file.close()
-        if self._source is not None:
-            for layer in range(self.layers):
-                self._source.own_memory(layer)
-            self._source = None
+        if fault is not None:
+            what = f"the model's experts are lost, load it again: {fault.strerror}"
+            raise OSError(fault.errno, what, fault.filename) from fault
 
 
 def slabs_of(
@@ -225,13 +239,8 @@ def slabs_of(
         layout: Of one expert. fingerprint: Of the weights.
         path: Of the file, or None for one in the cache folder. progress: Called with (bytes done, bytes in all).
     """
-    if path is None:
-        entry = f"experts/{fingerprint[:32]}"
-        cached = cache_root() / entry / "experts.slabs"
-        if not cached.exists():
-            publish(entry, lambda folder: write_slabs(folder / cached.name, source, layout, fingerprint, progress))
-        return open_slabs(cached, layout, fingerprint)
-    path = Path(path)
+    path = cache_root() / "experts" / fingerprint[:32] / "experts.slabs" if path is None else Path(path).expanduser()
     if not path.exists():
         write_slabs(path, source, layout, fingerprint, progress)
+        log.info("experts are in %s, which stays for the next run; delete it when there is none", path)
     return open_slabs(path, layout, fingerprint)

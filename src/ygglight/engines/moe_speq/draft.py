@@ -127,7 +127,7 @@ class DraftExperts:
             FileNotFoundError: there is no such file. ValueError: it is damaged, no draft, or another model's.
         """
         plan = [_shapes(site) for site in sites]
-        with draft_file.Reader(Path(path), draft_file.fingerprint(sites, store)) as reader:
+        with draft_file.Reader(Path(path), draft_file.fingerprint(sites, store), sites[0].layout.dtype) as reader:
             layers = []
             for number, (site, (shapes, groups)) in enumerate(zip(sites, plan, strict=True)):
                 layer = _empty(site, shapes, groups, device)

@@ -130,13 +130,13 @@ class Reader:
     """A draft's file, whose header was read and found right.
 
     Args:
-        path: Of the file. model: Fingerprint that it must have.
+        path: Of the file. model: Fingerprint that it must have. dtype: Of that model's experts.
 
     Raises:
         FileNotFoundError: there is no such file. ValueError: it is damaged, no draft, or another model's.
     """
 
-    def __init__(self, path: Path, model: str) -> None:
+    def __init__(self, path: Path, model: str, dtype: torch.dtype) -> None:
         path = path.expanduser()
         self._path = path
         if not path.is_file():
@@ -154,8 +154,8 @@ class Reader:
             raise ValueError(f"the header of the draft {path} is damaged: make it again")
         if meta["model"] != model:
             raise ValueError(
-                f"the draft {path} was made of other experts than this model's, or of the same in another dtype: load "
-                "that model as it was, or make the draft again"
+                f"the draft {path} was made of other experts than this model's, or of the same in another dtype: make "
+                f"it of this model (`ygglight convert moe-draft MODEL --dtype {str(dtype).removeprefix('torch.')} ...`)"
             )
         self.fingerprint = model
         self.counts: dict[str, int] = json.loads(meta["counts"])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from ygglight.engines.moe_speq.lookahead import steps_until_sent
 from ygglight.engines.moe_speq.loop import Loop, Round
 from ygglight.engines.moe_speq.report import Report
 from ygglight.engines.moe_speq.runtime import Runtime
-from ygglight.engines.moe_speq.stores import ExpertStore, store_for
+from ygglight.engines.moe_speq.stores import DiskStore, ExpertStore, store_for
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,11 @@ class Engine:
         self.device = torch.device(config.device) if config.device is not None else self._home
         self.store, self.draft = store, draft
         self._owns_store = store is None
+        if store is not None and store.layout != self.sites[0].layout:
+            raise ValueError(
+                f"the experts were opened as {store.layout.dtype} and the model is {self.sites[0].layout.dtype} by "
+                "now: load it with the dtype that it shall run in, and leave the Trainer's precision out"
+            )
         self.split: Split = self._split()
         self.runtime: Runtime | None = None
         self.decoder: Decoder | None = None
@@ -66,6 +72,7 @@ class Engine:
         self._attachment = Attachment()
         self._report = Report()
         self._share = 1.0  # of what could be sent ahead
+        self._draft_token = 0.0  # seconds a drafted token; 0: not known yet
         self._seen: dict[str, int] = {}
         self._told: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
 
@@ -119,21 +126,41 @@ class Engine:
             raise
         if split.note is not None and config.most:
             self._report.notes.append(split.note)
+        if self._owns_store and isinstance(self.store, DiskStore):
+            size = format_bytes(self.store.bytes_total)
+            self._report.notes.append(f"{self.store.path} ({size}) stays for the next run; delete it if none comes")
         return self
 
+    @contextmanager
+    def unnoticed(self) -> Iterator[None]:
+        """What passes within ask for is in no report, and nothing is learnt from it."""
+        runtime = self.runtime
+        assert runtime is not None
+        self._count()
+        asked = sum(runtime.stats.requests)
+        yield
+        if sum(runtime.stats.requests) != asked:
+            runtime.stats.reset()
+            self._seen, self._told = {}, (Counter(), Counter())
+
     def detach(self) -> None:
-        """Give the model its experts back, and everything else free; again: nothing."""
-        if self.runtime is not None:
+        """Give the model its experts back, and everything else free; again: nothing.
+
+        Raises:
+            OSError: they cannot be read from the disk any more: the model has to be loaded again.
+        """
+        store, runtime = self.store, self.runtime
+        if runtime is not None:
             self._count()
             if self.device != self._home:
                 self.model.to(self._home)
         self._attachment.detach()
-        if self.runtime is not None:
-            self.runtime.close()
-        if self._owns_store and self.store is not None:
-            self.store.close()
-            self.store = None
         self.runtime = self.decoder = self.governor = self.draft = None
+        if runtime is not None:
+            runtime.close()
+        if self._owns_store and store is not None:
+            self.store = None
+            store.close()
 
     # -- one text ----------------------------------------------------------------------------------------------------
     def generate(
@@ -169,7 +196,7 @@ class Engine:
         assert self.decoder is not None
         loop = Loop(
             self.decoder, runtime, ChainDrawing(processors, do_sample=do_sample, generator=generator), stopping,
-            choose=self._choose, cap=self._cap, pause=self._pause,
+            choose=self._choose, cap=self._cap, pause=self._pause, hides=self._hides,
             watch=[self._learn] + ([] if watch is None else [watch]),
         )  # fmt: skip
         try:
@@ -219,19 +246,27 @@ class Engine:
 
     def _pause(self, sent: int) -> int:
         assert self.runtime is not None
-        token = 0.0 if self.governor is None else self.governor.machine.draft_token
-        return steps_until_sent(self.runtime.link.speed.seconds(sent, sent / self.split.slab), token)
+        return steps_until_sent(self.runtime.link.speed.seconds(sent, sent / self.split.slab), self._draft_token)
+
+    def _hides(self, steps: int) -> float:
+        """Copies that end while so many tokens are drafted."""
+        assert self.runtime is not None
+        return steps * self._draft_token / self.runtime.link.speed.seconds(self.split.slab)
 
     def _learn(self, cycle: Round) -> None:
         """What a cycle was like, for the next ones."""
         runtime = self.runtime
         assert runtime is not None
-        now = dict(runtime.stats.experts) | {"missing": runtime.stats.passes.misses(runtime.slots)}
+        stats = runtime.stats
+        now = dict(stats.experts) | {"missing": stats.passes.misses(runtime.slots), "displaced": sum(stats.displaced)}
         new = {name: value - self._seen.get(name, 0) for name, value in now.items()}
         self._seen = now
         self._report.chose(cycle.k)
+        if cycle.k:
+            taken = cycle.drafting / cycle.k
+            self._draft_token += (0.25 if self._draft_token else 1.0) * (taken - self._draft_token)
         if new["prefetched"]:
-            wasted = (new["unused"] + new["evicted"]) / new["prefetched"]
+            wasted = (new["unused"] + new["evicted"] + new["displaced"]) / new["prefetched"]
             self._share = min(1.0, max(0.05, self._share * (0.8 if wasted > WASTE else 1.1)))
         if self.governor is None:
             return

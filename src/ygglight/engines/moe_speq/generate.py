@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -49,8 +50,8 @@ class MoESpeQGenerate(DecodingMethod[Engine, Report]):
         return super().engine(model).attach()
 
     def _why_not(self, model: Any, *args: Any) -> str | None:
-        self.engine(model)  # transformers' own loop finds the experts through it, too
-        return super()._why_not(model, *args)
+        with self.engine(model).unnoticed():  # transformers' own loop finds the experts through the engine, too
+            return super()._why_not(model, *args)
 
     def _run(
         self, engine: Engine, row: Tensor, prompt: Tensor, processors: NodeProcessors, stopping: Stopping, config: Any
@@ -60,9 +61,19 @@ class MoESpeQGenerate(DecodingMethod[Engine, Report]):
             watch=self.watch,
         )  # fmt: skip
 
+    @property
+    def used(self) -> bool:
+        """Whether there is anything to report, plain forwards included."""
+        return super().used or self.report.moved.total() > 0
+
     def release(self) -> None:
-        """Give the models their experts back, and all else free."""
-        for engine in list(self._engines.values()):
-            engine.detach()
-            self.report.add(engine.take_report())
-        super().release()
+        """Give the models their experts back, and all else free.
+
+        Raises:
+            OSError: some cannot be read from the disk any more.
+        """
+        with ExitStack() as stack:  # all of it is done, whatever fails
+            stack.callback(super().release)
+            for engine in self._engines.values():
+                stack.callback(engine.detach)
+                self.report.add(engine.take_report())

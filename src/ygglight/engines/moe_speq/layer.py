@@ -38,6 +38,7 @@ class SparseLayer:
         self._compute: Compute = GroupedCompute(index, site, bank) if grouped else LoopCompute(index, site)
         self._loading: dict[int, Ticket] = {}  # residents whose copy had not ended when last seen
         self._routes: tuple[list[int], int] = [], 1
+        self._displaced: set[int] = set()  # by prefetches, since the last pass
 
     # -- the target pass ---------------------------------------------------------------------------------------------
     def forward(
@@ -67,6 +68,8 @@ class SparseLayer:
             self._stats.prompt(self.index, ranked)
         else:
             self._stats.unused[self.index] += self.cache.demand(ranked)
+            self._stats.displaced[self.index] += len(self._displaced.intersection(ranked))
+            self._displaced.clear()
             late = sum(expert in self._loading for expert in ranked)
             self._stats.demand(self.index, ranked, late, len(slots) + len(passing))
             if drawn is not None:
@@ -100,6 +103,11 @@ class SparseLayer:
             Whether there was a slot for it.
         """
         return self._fetch(expert, spared, Cause.PREFETCH) is not None
+
+    @property
+    def coming(self) -> int:
+        """Copies that have not ended, as far as :meth:`settle` saw."""
+        return len(self._loading)
 
     def withdraw(self, wanted: Collection[int] = ()) -> None:
         """Take back the prefetches that have not begun.
@@ -168,6 +176,8 @@ class SparseLayer:
             if stale is not None:
                 self._link.cancel(stale)
             self._stats.evicted[self.index] += taken.wasted
+            if cause is Cause.PREFETCH:
+                self._displaced.add(taken.evicted)
         try:
             copy = self._submit(expert, self._slab(expert), cause)
         except BaseException:

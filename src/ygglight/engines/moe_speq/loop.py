@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ class Round:
 
     Args:
         k: Drafted tokens. accepted: Of them. tokens: What the text grew by. position: Tokens of text before it, the
-            padding apart. cached: Tokens in the KV cache after it. seconds: In all.
+            padding apart. cached: Tokens in the KV cache after it. seconds: In all. drafting: Of them, until all was
+            drafted.
     """
 
     k: int
@@ -33,6 +35,7 @@ class Round:
     position: int
     cached: int
     seconds: float
+    drafting: float = 0.0
 
 
 class Loop:
@@ -42,7 +45,8 @@ class Loop:
         decoder: Of the model. runtime: Whose experts it runs with. drawing: From logits to tokens.
         stopping: Ends the text. choose: Tokens to draft in the coming cycle, given the most that make sense.
         cap: Bytes that may be sent ahead in the coming cycle; 0: nothing is.
-        pause: Drafted tokens until more is sent ahead, after so many bytes. watch: Called with every cycle.
+        pause: Drafted tokens until more is sent ahead, after so many bytes.
+        hides: Copies that end while so many more tokens are drafted. watch: Called with every cycle.
     """
 
     def __init__(
@@ -55,10 +59,11 @@ class Loop:
         choose: Callable[[int], int],
         cap: Callable[[], int],
         pause: Callable[[int], int],
+        hides: Callable[[int], float] = lambda steps: math.inf,
         watch: Sequence[Callable[[Round], None]] = (),
     ) -> None:
         self.decoder, self.runtime, self.drawing, self.stopping = decoder, runtime, drawing, stopping
-        self.choose, self.cap, self.pause, self.watch = choose, cap, pause, watch
+        self.choose, self.cap, self.pause, self.hides, self.watch = choose, cap, pause, hides, watch
         self.report = Report(generations=1)
         self.text: list[int] = []
         self._padding = 0
@@ -96,6 +101,7 @@ class Loop:
         text = torch.tensor(self.text, device=self.decoder.device)
         with clock.stage("draft"):
             drafted, q = self._draft(text, k)
+        drafting = time.perf_counter() - started
         with clock.stage("verify"), self.runtime.window(prefill=False):
             nodes = torch.cat([text[-1:], drafted])
             places = torch.arange(len(nodes), device=nodes.device)
@@ -115,7 +121,7 @@ class Loop:
         report.drafting[k] += 1
         seconds = time.perf_counter() - started
         for watcher in self.watch:
-            watcher(Round(k, accepted, tokens, position, self.decoder.length, seconds))
+            watcher(Round(k, accepted, tokens, position, self.decoder.length, seconds, drafting))
         return tokens, done
 
     def _draft(self, text: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
@@ -128,10 +134,11 @@ class Loop:
         distributions: list[Tensor] = []
         cap = self.cap() if k else 0
         following = observed_steps(k)  # the first routes alone would choose too narrowly
+        places = torch.arange(k, device=text.device)  # at once: to bring a number to a GPU is to wait for it
         token, self.decoder.replays = text[-1:], True
         try:
             for done in range(k):
-                place = torch.tensor([done], device=text.device)
+                place = places[done : done + 1]
                 seen = torch.ones(1, done + 1, dtype=torch.bool, device=text.device)
                 with self.runtime.drafting():
                     logits = self.decoder.nodes(token, place, place, seen).logits[0, -1]
@@ -140,7 +147,7 @@ class Loop:
                 if q is not None:
                     distributions.append(q)
                 if cap > 0 and (done + 1 >= following or done + 1 == k):
-                    sent = self.runtime.prefetch(cap)
+                    sent = self.runtime.prefetch(cap, 1 + self.hides(k - done - 1))
                     cap -= sent
                     following = done + 1 + self.pause(sent)
         finally:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ygglight.engines.moe_speq.layout import Site
 
@@ -36,6 +37,7 @@ class ParameterStore:
                 "the experts of this model hold no values (meta device): take the store that load_without_experts "
                 "returned with it, or load the model whole and without a device_map"
             )
+        self._devices = [{name: p.device for name, p in layer.items()} for layer in self._parameters]
         self.names = [site.name for site in sites]
         self.experts = [site.experts for site in sites]
         self.layers, self.nbytes = len(sites), sites[0].layout.nbytes
@@ -63,10 +65,33 @@ class ParameterStore:
         for name, parameter in self._parameters[layer].items():
             parameter.data = views[name]
 
-    def own_memory(self, layer: int) -> None:
-        """Undo :meth:`point_at`: parameters that share memory with each other cannot be saved to safetensors."""
-        for parameter in self._parameters[layer].values():
-            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+    def own_memory(self, layer: int, read: Callable[[int, Tensor], None]) -> None:
+        """Undo :meth:`point_at`: parameters have memory of their own again, where they had it.
+
+        Args:
+            layer: Index of the site. read: Fills a slab with an expert. Not the views: to touch pages of a mapped file
+                that cannot be read kills the process.
+
+        Raises:
+            OSError: from ``read``; the layer's parameters hold no values (meta device) then.
+        """
+        layout = self._layouts[layer]
+        shapes = dict(zip(layout.names, layout.shapes, strict=True))
+        with torch.inference_mode(False), torch.no_grad():  # or they could not be trained afterwards
+            slab = torch.empty(self.nbytes, dtype=torch.uint8)
+            for name, parameter in self._parameters[layer].items():
+                whole = (self.experts[layer], *shapes[name])
+                parameter.data = torch.empty(whole, dtype=layout.dtype, device=self._devices[layer][name])
+            try:
+                for expert in range(self.experts[layer]):
+                    read(expert, slab)
+                    for name, view in layout.views(slab).items():
+                        self._parameters[layer][name][expert].copy_(view)
+            except BaseException:
+                for parameter in self._parameters[layer].values():
+                    lost = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+                    torch.utils.swap_tensors(parameter, lost)
+                raise
 
     def fingerprint(self) -> str:
         """A hash of every byte, so that a file found in the cache cannot be that of another fine-tune."""

@@ -120,7 +120,7 @@ class Report:
         if self.experts["prefetched"]:
             wasted = ", ".join(f"{name} {self.experts[name]}" for name in ("unused", "evicted"))
             rows.append(("experts sent ahead", f"{self.experts['prefetched']}: {wasted}"))
-        if self.moved:
+        if self.moved.total():
             moved = ", ".join(f"{cause} {format_bytes(self.moved[cause])}" for cause in CAUSES if self.moved[cause])
             rows.append(("bytes moved", f"{moved}; {format_bytes(self.bytes_per_token)} a new token, prompts apart"))
         if self.bandwidth:

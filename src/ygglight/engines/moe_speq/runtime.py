@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
@@ -96,6 +97,11 @@ class Runtime:
         Raises:
             OSError: an expert could not be read; the next call works. RuntimeError: the runtime is closed.
         """
+        x = hidden.to(self.sites[site].layout.dtype)
+        with torch.autocast(self.device.type, enabled=False):  # experts compute in their own dtype, as transformers' do
+            return self._experts(site, x, index, weights).to(hidden.dtype)
+
+    def _experts(self, site: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         if self._mode is _Mode.DRAFT and self.draft is not None:
             self._lookahead.note(site, index)
             return self.draft.forward(self.sites[site], hidden, index, weights)
@@ -139,11 +145,13 @@ class Runtime:
             for layer in self._layers:
                 layer.withdraw()
 
-    def prefetch(self, cap: int) -> int:
+    def prefetch(self, cap: int, most: float = math.inf) -> int:
         """Send ahead what the draft has chosen since the last window and is missing; take back what it has not.
 
         Args:
             cap: Bytes at most.
+            most: Copies sent ahead and not there yet, earlier ones included, at most. A copy that only waits has thrown
+                somebody out already, and is taken back when the window begins.
 
         Returns:
             Bytes queued.
@@ -155,7 +163,10 @@ class Runtime:
             layer.settle()
             spared.append(layer.cache.spared(drawn))
             views.append(LayerView(layer.cache.residents, layer.cache.room(spared[-1]), layer.layout.nbytes))
+            most -= layer.coming
         sent = 0
+        if most < math.inf:
+            cap = min(cap, max(0, int(most)) * views[0].nbytes)
         for index, expert in plan_prefetch(counts, views, cap):
             if self._layers[index].prefetch(expert, spared[index]):
                 sent += views[index].nbytes

@@ -85,16 +85,15 @@ def write_slabs(
     """
     header = _header(source.names, source.experts, layout, fingerprint)
     file = SlabFile(path, layout, tuple(source.experts), _paged(len(header)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(path.parent).free
-    if free < file.size:
-        raise OSError(
-            errno.ENOSPC,
-            f"the experts take {format_bytes(file.size)} and {format_bytes(free)} are free: give a path on another "
-            "disk, or set YGGLIGHT_CACHE to a folder there",
-            str(path),
-        )
-    handle, scratch = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if free < file.size:
+            sizes = f"the experts take {format_bytes(file.size)} and {format_bytes(free)} are free"
+            raise OSError(errno.ENOSPC, sizes)
+        handle, scratch = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
+    except OSError as error:
+        raise _unwritable(path, error) from error
     try:
         with os.fdopen(handle, "wb", buffering=0) as out:
             slab = torch.zeros(file.stride, dtype=torch.uint8)
@@ -108,9 +107,16 @@ def write_slabs(
             os.fsync(out.fileno())  # before the name: a power cut leaves the old file or the new one
         os.chmod(scratch, 0o644)  # mkstemp writes for the owner alone
         os.replace(scratch, path)
-    except BaseException:
+    except BaseException as error:
         Path(scratch).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # of the writing, not of the source
+            raise _unwritable(path, error) from error
         raise
+
+
+def _unwritable(path: Path, error: OSError) -> OSError:
+    mend = "give a path on another disk, or set YGGLIGHT_CACHE to a folder there"
+    return OSError(error.errno, f"the experts cannot be written here ({error.strerror}): {mend}", str(path))
 
 
 def _write_all(out: Any, data: Any) -> None:

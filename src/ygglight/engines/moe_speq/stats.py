@@ -37,6 +37,8 @@ class Stats:
         """Prefetched for a pass that then did not want it."""
         self.evicted = [0] * layers
         """Prefetched and thrown out before any pass wanted it."""
+        self.displaced = [0] * layers
+        """Thrown out by a prefetch for a pass that then wanted it: nothing was gained."""
         self._foreseen = [0] * layers  # of what was wanted after a draft
         self._wanted = [0] * layers  # after a draft
         self._drawn = [0] * layers  # by drafts

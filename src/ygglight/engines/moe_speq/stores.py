@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ygglight.engines.moe_speq.disk import DiskStore
-from ygglight.engines.moe_speq.layout import Site
+from ygglight.engines.moe_speq.layout import Site, SlabLayout
 from ygglight.engines.moe_speq.parameters import ParameterStore
 
 __all__ = ["DiskStore", "ExpertStore", "HostStore", "store_for"]
@@ -22,10 +22,12 @@ class ExpertStore(Protocol):
     """All experts of a model, one slab each; read only, and readable from any thread.
 
     Args:
-        kind: "host", "pinned" or "disk". layers: Sparse layers. nbytes: Of one slab. bytes_total: Of all.
+        kind: "host", "pinned" or "disk". layout: Of one expert. layers: Sparse layers. nbytes: Of one slab.
+        bytes_total: Of all.
     """
 
     kind: str
+    layout: SlabLayout
     layers: int
     nbytes: int
     bytes_total: int
@@ -59,7 +61,8 @@ class HostStore:
 
     def __init__(self, sites: list[Site], *, pin: bool = False) -> None:
         self._source = source = ParameterStore(sites)
-        self.layers, self.nbytes, self.bytes_total = source.layers, source.nbytes, source.bytes_total
+        self.layout, self.layers = sites[0].layout, source.layers
+        self.nbytes, self.bytes_total = source.nbytes, source.bytes_total
         self.kind = "host"
         self._slabs: list[Tensor] = []
         for layer, experts in enumerate(source.experts):
@@ -83,8 +86,8 @@ class HostStore:
         """Unpin; the model's parameters get memory of their own again. Again: nothing."""
         self._unpin()
         while self._slabs:
-            self._slabs.pop()
-            self._source.own_memory(len(self._slabs))
+            slabs, layer = self._slabs.pop(), len(self._slabs)
+            self._source.own_memory(layer, lambda expert, out, slabs=slabs: out.copy_(slabs[expert]))  # type: ignore[misc]
 
     def _pin(self) -> None:
         # cudaHostRegister pins memory as it is. torch's pinned allocator rounds each request up to a power of two.
