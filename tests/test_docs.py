@@ -213,6 +213,7 @@ def test_every_class_for_users_has_its_table() -> None:
         "AdaccStrategy", "AdaccMonitor", "CausalLM", "TextData",
         "HarliStrategy", "HarliMonitor",
         "ClusterFusion",
+        "MoESpeQStrategy", "MoESpeQMonitor", "UpcycledMoE",
         "YggdrasilStrategy", "GenerationWriter", "DistilledDraft", "DepthPredictorModule", "DecodeLogData",
     }  # fmt: skip
     from ygglight.strategies import AdaccDDPStrategy, AdaccModelParallelStrategy, AdaccStrategy

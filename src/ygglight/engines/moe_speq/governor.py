@@ -34,7 +34,7 @@ PRIOR = 2.0
 """Cycles' worth of belief that a position is accepted as often as all positions are."""
 LOSING = 3
 """Verdicts in a row against the draft before it goes."""
-VERDICT_EVERY = 16
+VERDICT_EVERY = 8
 """Cycles from one such verdict to the next."""
 
 

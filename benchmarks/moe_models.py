@@ -1,0 +1,223 @@
+"""Mixtures of experts, links and prompts for benchmarks of offloaded experts."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import BadInput, Skip
+from ygglight.compat import transformers as hf
+from ygglight.data import assets
+from ygglight.data.documents import read_prompts
+from ygglight.engines.moe_speq.draft import DraftExperts
+from ygglight.engines.moe_speq.layout import Site, find_sites
+from ygglight.engines.moe_speq.stores import ExpertStore, store_for
+from ygglight.kernels import _dispatch
+
+MODEL = "smollm2-moe-8x10"
+TINY: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 512,
+    "initializer_range": 0.2, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+PROMPT = "Question: {}\nAnswer:"
+"""As the model was trained."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, the memory and the link that its experts have, and what it is asked.
+
+    Args:
+        model: A name for ``CausalLM``, or "tiny": random weights. dtype: Of the weights.
+        slots: Of the cache, a layer, beside a draft; without one there are as many more as the draft would take.
+        bandwidth: Bytes a second of the link; None: as fast as it goes. latency: Seconds more a copy.
+        disk: Experts are read from the disk, past the page cache; else they lie in host memory.
+        noise: On the draft's weights, as a part of their spread.
+        tokens: New ones a prompt. shortest: Tokens of a prompt, at least.
+        hooked: New tokens by accelerate's hooks, where one takes seconds.
+    """
+
+    model: str
+    dtype: str
+    slots: int
+    bandwidth: float | None
+    latency: float = 0.0
+    disk: bool = False
+    noise: float = 0.0
+    tokens: int = 64
+    shortest: int = 128
+    hooked: int = 5
+
+
+_SLOW = Case(MODEL, "bfloat16", 2, 0.25e9, 3e-4)
+CASES = {
+    "quick": Case("tiny", "float32", 2, 50e6, 1e-4, tokens=12, shortest=16, hooked=3),
+    "small": _SLOW,
+    "large": replace(_SLOW, slots=5),
+    "noisy": replace(_SLOW, noise=1.0),
+    "disk": replace(_SLOW, bandwidth=None, latency=0.0, disk=True),
+    "small-fp32": replace(_SLOW, dtype="float32", bandwidth=0.5e9),
+}
+DEFAULTS = ("small", "large", "noisy", "disk")
+
+
+def cases(quick: bool, name: str | None) -> tuple[str, ...]:
+    """Names of the cases to run.
+
+    Raises:
+        BadInput: there is no such case; the text lists those that there are.
+    """
+    if name is None:
+        return ("quick",) if quick else DEFAULTS
+    if name not in CASES:
+        raise BadInput(f"no size {name!r}; there are: {', '.join(CASES)}")
+    return (name,)
+
+
+class Subject:
+    """A model with its experts in memory, a store with copies of them, and prompts.
+
+    Args:
+        case: Which. count: Of prompts.
+
+    Raises:
+        Skip: the model is not there; the text says how to make it.
+    """
+
+    def __init__(self, case: Case, count: int) -> None:
+        self.case = case
+        self.model, self.prompts = _tiny(count) if case.model == "tiny" else _load(case, count)
+        self.model.generation_config.eos_token_id = None  # all texts are of one length
+        own = copy.deepcopy(self.model)  # the store takes these experts; the first ones stay for comparison
+        self.store: ExpertStore = store_for(
+            own, find_sites(own), where="disk" if case.disk else "host", device="cpu", drop_cache=case.disk
+        )
+        if case.disk and getattr(self.store, "io", "") == "cached":
+            raise Skip("this file system reads through the page cache only: a read from it is no read of a disk")
+        self._own = own
+        gc.collect()
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sparse layers."""
+        return find_sites(self.model)
+
+    @cached_property
+    def draft(self) -> DraftExperts:
+        """In four bits, by rounding."""
+        store = self.store if not self.case.noise else NoisyStore(self.store, self.sites, self.case.noise)
+        return DraftExperts.build(self.sites, store, device="cpu")
+
+    @cached_property
+    def loop_draft(self) -> DraftExperts:
+        """The same that widens its weights, expert by expert, as without a kernel for four bits."""
+        before = os.environ.get(_dispatch.ENVIRONMENT_VARIABLE)
+        os.environ[_dispatch.ENVIRONMENT_VARIABLE] = "reference"
+        try:
+            return DraftExperts.build(self.sites, self.store, device="cpu")
+        finally:
+            del os.environ[_dispatch.ENVIRONMENT_VARIABLE]
+            if before is not None:
+                os.environ[_dispatch.ENVIRONMENT_VARIABLE] = before
+
+    def budget(self, *, draft: bool = True) -> int:
+        """Bytes for experts.
+
+        Args:
+            draft: With what the draft takes.
+        """
+        slabs = self.case.slots * len(self.sites) + 2
+        return slabs * self.store.nbytes + (self.draft.nbytes if draft else 0)
+
+    def twin(self) -> Any:
+        """Another model of the same weights, that experts can be taken from alone."""
+        shared = {id(t): t for t in (*self._own.parameters(), *self._own.buffers())}
+        model = copy.deepcopy(self._own, shared)
+        model.expert_store = self.store
+        return model
+
+    @property
+    def line(self) -> str:
+        """For the report."""
+        case, experts, slab = self.case, self.sites[0].experts, self.store.nbytes
+        more = min(experts, (self.budget() // slab - 2) // len(self.sites))
+        if case.disk:
+            link = f"disk ({getattr(self.store, 'io', '')} reads)"
+        elif case.bandwidth is None:
+            link = "host memory"
+        else:
+            link = f"link {case.bandwidth / 1e9:g} GB/s + {1000 * case.latency:g} ms"
+        noise = f", draft with noise {case.noise:g}" if case.noise else ""
+        return (
+            f"{case.model}, {case.dtype}, {case.slots} of {experts} experts a layer beside the draft or {more} without "
+            f"one, {link}{noise}, {case.tokens} new tokens"
+        )
+
+
+class NoisyStore:
+    """A store whose experts are not quite those of the model.
+
+    Args:
+        store: The right ones. sites: Of the model. noise: Of the weights, as a part of their spread.
+    """
+
+    kind = "host"
+
+    def __init__(self, store: ExpertStore, sites: list[Site], noise: float) -> None:
+        self._store, self.layout, self._noise = store, sites[0].layout, noise
+        self.layers, self.nbytes, self.bytes_total = store.layers, store.nbytes, store.bytes_total
+        self._draw = torch.Generator().manual_seed(1)
+
+    def slab(self, layer: int, expert: int) -> None:
+        """None: it must be read."""
+
+    def read_into(self, layer: int, expert: int, out: Tensor) -> None:
+        """The right expert, and noise on it."""
+        self._store.read_into(layer, expert, out)
+        for view in self.layout.views(out).values():
+            drawn = torch.randn(view.shape, generator=self._draw).to(view.dtype)
+            view.add_(drawn * (self._noise * view.std()))
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+def _load(case: Case, count: int) -> tuple[Any, list[Tensor]]:
+    try:
+        directory = assets.resolve_model(case.model)
+    except FileNotFoundError as error:
+        raise Skip(str(error)) from error
+    model: Any = hf.load_causal_lm(directory, dtype=getattr(torch, case.dtype)).requires_grad_(False).eval()
+    model.generation_config.do_sample = False
+    for name in ("temperature", "top_p", "top_k"):  # greedy: they would only be warned about
+        setattr(model.generation_config, name, None)
+    # A model as small as this one falls into a loop, and a loop asks for the same experts again and again.
+    model.generation_config.repetition_penalty = 1.3
+    model.generation_config.no_repeat_ngram_size = 3
+    tokenizer, found = hf.load_tokenizer(directory), []
+    for text in read_prompts("gsm8k-test"):
+        ids = tokenizer(PROMPT.format(text), return_tensors="pt").input_ids
+        if ids.shape[1] >= case.shortest:
+            found.append(ids)
+        if len(found) == count:
+            break
+    return model, found
+
+
+def _tiny(count: int) -> tuple[Any, list[Tensor]]:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = MixtralForCausalLM(MixtralConfig(**TINY)).requires_grad_(False).eval()
+        prompts = [torch.randint(1, TINY["vocab_size"], (1, 16 + i)) for i in range(count)]
+    return model, prompts
