@@ -99,9 +99,11 @@ def _calibrate(model: Any, store: Any, directory: Path, sources: list[Any], toke
 
 
 def _passes(model: Any, text: torch.Tensor) -> Iterator[Callable[[], Any]]:
-    with _bar("calibration tokens") as step, torch.inference_mode():
+    # No mode is held over a yield: whoever has enough does not come back.
+    run = torch.inference_mode()(functools.partial(model, use_cache=False))
+    with _bar("calibration tokens") as step:
         for at in range(0, len(text), BLOCK):
-            yield functools.partial(model, input_ids=text[None, at : at + BLOCK], use_cache=False)
+            yield functools.partial(run, input_ids=text[None, at : at + BLOCK])
             step(min(at + BLOCK, len(text)), len(text))
 
 
