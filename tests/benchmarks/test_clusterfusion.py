@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -12,14 +10,7 @@ from benchmarks.clusterfusion_blocks import SHAPES, dense_step, latent_step, mak
 from benchmarks.harness import BadInput, Incorrect, Options
 from ygglight.kernels.testing import rms_ratio
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads on tensors of a few KiB wait for each other most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_quick_run() -> None:

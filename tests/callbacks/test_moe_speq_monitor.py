@@ -50,9 +50,7 @@ def run(monitor: MoESpeQMonitor, strategy: Any, folder: Path, logger: Any = Fals
     trainer.predict(Writes(), DataLoader(torch.arange(5 * BATCHES).view(BATCHES, 5), batch_size=1))
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("YGGLIGHT_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def strategy(k: int = 2) -> MoESpeQStrategy:

@@ -34,9 +34,7 @@ def text() -> DataLoader[Sample]:
     return DataLoader(samples, batch_size=8)
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("YGGLIGHT_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def trainer(**options: Any) -> L.Trainer:

@@ -26,11 +26,7 @@ from ygglight.strategies.yggdrasil import YggdrasilStrategy
 VOCABULARY, NEW, PROMPTS = 97, 32, 3
 TREE = {"width": 3, "depth": 4}
 
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Latencies measured by a test are nobody else's."""
-    monkeypatch.setenv("YGGLIGHT_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def llama(seed: int = 0, **changes: Any) -> Any:

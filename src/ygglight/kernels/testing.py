@@ -72,6 +72,31 @@ def poisoned_empty() -> Iterator[None]:
         yield
 
 
+def run_interpreted(script: Path) -> list[str]:
+    """Runs a script of checks with Triton's interpreter, in a process of its own: Triton reads the switch once.
+
+    Args:
+        script: prints a line a check, which begins with "ok " if it holds.
+
+    Returns:
+        The lines.
+
+    Raises:
+        AssertionError: it ended with an error, or a line is not "ok".
+    """
+    source = Path(__file__).parents[2]
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "YGGLIGHT_KERNELS": "triton",
+        "PYTHONPATH": os.pathsep.join([str(source), os.environ.get("PYTHONPATH", "")]),
+    }
+    run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stderr[-3000:]
+    lines = [line for line in run.stdout.splitlines() if line]
+    assert [line for line in lines if not line.startswith("ok ")] == []
+    return lines
+
+
 def compile_ahead(fn: Any, signature: dict[str, str], constexprs: dict[str, Any], target: int, **options: Any) -> Any:
     """Compiles a Triton kernel for an NVIDIA GPU that need not be there.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
@@ -17,7 +16,7 @@ from ygglight.engines.decode.fused import FusedAttention
 from ygglight.kernels.cluster_decode import block_ways
 from ygglight.kernels.testing import rms_ratio
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_cache")]
 
 REPLAYS = 1000
 CUBLAS = 0.02
@@ -25,11 +24,6 @@ CUBLAS = 0.02
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {}, "qwen2": {}, "qwen3": {"head_dim": 128}, "mistral": {"sliding_window": 300},
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("YGGLIGHT_CACHE", str(tmp_path / "cache"))
 
 
 def make(kind: str = "llama") -> Any:

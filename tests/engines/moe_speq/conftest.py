@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -67,9 +66,5 @@ def tokens(count: int = 7, rows: int = 1, seed: int = 3) -> torch.Tensor:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For operations this small a second thread only waits: on a busy machine tests took 20 times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def on_one_thread(one_thread: None) -> None:
+    """All tests of these small models."""

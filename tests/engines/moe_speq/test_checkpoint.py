@@ -17,10 +17,7 @@ from ygglight.engines.moe_speq.layout import find_sites
 
 from .conftest import FAMILIES, tiny_moe, tokens
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("YGGLIGHT_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def saved(folder: Path, name: str, **kwargs: Any) -> Path:

@@ -17,10 +17,7 @@ from ygglight.engines.moe_speq.stores import ExpertStore, HostStore, store_for
 
 from .conftest import FAMILIES, tiny_moe, tokens
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("YGGLIGHT_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def holds(store: Any, sites: Any, expected: dict[str, torch.Tensor]) -> bool:

@@ -28,11 +28,7 @@ PADS = (4, 1, 0)
 """Padding before each prompt of the batch."""
 LENGTH, NEW = 12, 24
 
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Latencies measured by a test are nobody else's."""
-    monkeypatch.setenv("YGGLIGHT_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")

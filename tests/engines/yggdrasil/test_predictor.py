@@ -25,10 +25,7 @@ from .conftest import SHAPE, close_calls, llama, plain, prompts
 
 HIDDEN, DEPTH = 12, 6
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("YGGLIGHT_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def rows(count: int = 64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ygglight.kernels.cluster_decode import decode_block_reference
-from ygglight.kernels.cluster_decode.testing import make_block, make_spec
+from ygglight.kernels.cluster_decode.testing import count_wrong_replays, make_block, make_spec, unfused_block
 from ygglight.kernels.testing import rms_ratio
 
 pytestmark = pytest.mark.gpu
@@ -83,56 +83,6 @@ def check(spec, lengths, blocks, dtype, **options):
     assert all(map(torch.equal, actual, again)), "other bits in a second run"
 
 
-def unfused_block(block):
-    """The block as a model runs it: each step in the dtype of the weights."""
-    spec, weights, given = block.spec, block.weights, block.inputs
-
-    def norm(x, weight):
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + spec.eps)
-        return (wide * (weight.float() + spec.norm_offset)).to(x.dtype)
-
-    def turn(x):
-        half = spec.rotary_dim // 2
-        cos, sin = given["cos"][:, None, :half], given["sin"][:, None, :half]
-        turned, rest = x[..., : spec.rotary_dim], x[..., spec.rotary_dim :]
-        if spec.interleaved_rope:
-            first, second = turned[..., ::2], turned[..., 1::2]
-            both = torch.stack((first * cos - second * sin, second * cos + first * sin), -1).flatten(-2)
-        else:
-            first, second = turned.chunk(2, dim=-1)
-            both = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-        return torch.cat((both, rest), -1)
-
-    x = norm(given["x"], weights.norm)
-    query, key, value = (
-        torch.nn.functional.linear(x, weight, bias).unflatten(-1, (-1, spec.head_dim))
-        for weight, bias in (
-            (weights.q, weights.q_bias), (weights.k, weights.k_bias), (weights.v, weights.v_bias),
-        )
-    )  # fmt: skip
-    if spec.qk_norm:
-        query, key = norm(query, weights.q_norm), norm(key, weights.k_norm)
-    query, key = turn(query), turn(key)
-    rows = []
-    for row, length in enumerate(given["lengths"].tolist()):
-        seen = torch.ones(length, dtype=torch.bool, device="cuda")
-        if spec.window is not None:
-            seen[: max(0, length - spec.window + 1)] = False
-        if "mask" in given:
-            seen &= given["mask"][row, :length]
-        keys, values = (
-            torch.cat((given[name][row, :, :length][:, seen], new[row, :, None]), 1).repeat_interleave(spec.group, 0)
-            for name, new in (("keys", key), ("values", value))
-        )
-        scores = (keys @ query[row, :, :, None])[..., 0] * spec.scale
-        if spec.softcap is not None:
-            scores = spec.softcap * torch.tanh(scores / spec.softcap)
-        weighted = scores.softmax(-1, dtype=torch.float32).to(keys.dtype)
-        rows.append((weighted[:, None] @ values).flatten())
-    return torch.nn.functional.linear(torch.stack(rows), weights.o, weights.o_bias)
-
-
 @pytest.mark.parametrize("spec", [LLAMA_2, LLAMA_3], ids=["Llama-2", "Llama-3"])
 @pytest.mark.parametrize("length", LENGTHS)
 def test_block(spec, length):
@@ -155,26 +105,8 @@ def test_graph_replays(blocks):
     block = make_block(spec, [500, 20], slots=2048, dtype=torch.bfloat16, in_place=True).to("cuda")
     block.inputs["keys"].nan_to_num_()
     block.inputs["values"].nan_to_num_()
-    caches = {"new_keys": block.inputs["keys"], "new_values": block.inputs["values"]}
-    arguments = {"weights": block.weights, "spec": spec, **block.inputs, **caches, "blocks": blocks}
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        cluster.launch(**arguments)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = cluster.launch(**arguments)
-    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
-    x, lengths, slots = (block.inputs[name] for name in ("x", "lengths", "slots"))
-    for _ in range(1000):
-        x.copy_(torch.randn_like(x))
-        graph.replay()
-        wrong += (captured != cluster.launch(**arguments)).sum()
-        lengths += 1
-        slots += 1
-    assert int(wrong) == 0
-    assert lengths.tolist() == [1500, 1020]
+    assert count_wrong_replays(block, cluster.launch, rounds=1000, blocks=blocks) == 0
+    assert block.inputs["lengths"].tolist() == [1500, 1020]
 
 
 def test_resident_clusters():

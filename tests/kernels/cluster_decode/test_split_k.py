@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("interpreted_split_k.py")
+from ygglight.kernels.testing import run_interpreted
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 @needs_triton
 def test_kernels_agree_with_the_reference() -> None:
-    source = Path(__file__).parents[3] / "src"
-    environment = os.environ | {
-        "TRITON_INTERPRET": "1",
-        "YGGLIGHT_KERNELS": "triton",
-        "PYTHONPATH": os.pathsep.join([str(source), os.environ.get("PYTHONPATH", "")]),
-    }
-    run = subprocess.run([sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True, timeout=280)
-    assert run.returncode == 0, run.stderr[-3000:]
-    lines = [line for line in run.stdout.splitlines() if line]
-    assert [line for line in lines if not line.startswith("ok ")] == []
-    assert len(lines) == 12 + 22 + 3, run.stdout
+    lines = run_interpreted(Path(__file__).with_name("interpreted_split_k.py"))
+    assert len(lines) == 12 + 22 + 3, lines
 
 
 @needs_triton

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -184,3 +185,33 @@ def unfused_block(block: Block) -> Tensor:
         weighted = scores.softmax(-1, dtype=torch.float32).to(keys.dtype)
         rows.append((weighted[:, None] @ values).flatten())
     return functional.linear(torch.stack(rows), weights.o, weights.o_bias)
+
+
+def count_wrong_replays(block: Block, launch: Callable[..., Tensor], *, rounds: int, **options: Any) -> int:
+    """Elements in which replays of a CUDA graph differ from eager calls, while input, lengths and slots change.
+
+    A wait for the device, or another stream, would be an error while the graph is recorded.
+
+    Args:
+        block: On CUDA, made in place and with room for the rounds; its cache, lengths and slots move on.
+        launch: Of a path. rounds: How many replays. **options: Of the launch.
+    """
+    caches = {"new_keys": block.inputs["keys"], "new_values": block.inputs["values"]}
+    arguments: dict[str, Any] = {"weights": block.weights, "spec": block.spec, **block.inputs, **caches, **options}
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        launch(**arguments)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = launch(**arguments)
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    x, lengths, slots = (block.inputs[name] for name in ("x", "lengths", "slots"))
+    for _ in range(rounds):
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        wrong += (captured != launch(**arguments)).sum()
+        lengths += 1
+        slots += 1
+    return int(wrong)
