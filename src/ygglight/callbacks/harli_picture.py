@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ygglight.compat.extras import require
+from ygglight.compat.figures import new_figure, save_figure
 from ygglight.engines.harli.report import Report, Sample
 
 KV, ACTIVATIONS, TARGET = "#2d4a8a", "#c8553d", "#444444"
@@ -26,13 +26,10 @@ def draw_run(path: Path, report: Report) -> Path:
     Raises:
         ModuleNotFoundError: without matplotlib, naming the extra.
     """
-    figure_module: Any = require("matplotlib.figure", "plot")
-    agg: Any = require("matplotlib.backends.backend_agg", "plot")
     samples = list(report.samples)
     worked = [s for s in samples if s.kind != "idle"]
     start = samples[0].time - samples[0].seconds if samples else 0.0
-    figure = figure_module.Figure(figsize=(9, 6), layout="constrained")
-    agg.FigureCanvasAgg(figure)
+    figure = new_figure(9, 6)
     steps, rate, memory = figure.subplots(3, 1, sharex=True)
     _steps(steps, worked, report, start)
     _rate(rate, report, start)
@@ -41,9 +38,7 @@ def draw_run(path: Path, report: Report) -> Path:
     for axes in (steps, rate, memory):
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_ylim(bottom=0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
+    return save_figure(figure, path)
 
 
 def _steps(axes: Any, samples: Sequence[Sample], report: Report, start: float) -> None:

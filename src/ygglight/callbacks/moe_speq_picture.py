@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ygglight.compat.extras import require
+from ygglight.compat.figures import new_figure, save_figure
 
 HIT, LATE, MISS, SPEED = "#2d4a8a", "#d9a441", "#c8553d", "#444444"
 KINDS = (".png", ".svg", ".pdf")
@@ -43,10 +43,7 @@ def draw_run(path: Path, samples: Sequence[Sample]) -> Path:
     Raises:
         ModuleNotFoundError: without matplotlib, naming the extra.
     """
-    figure_module: Any = require("matplotlib.figure", "plot")
-    agg: Any = require("matplotlib.backends.backend_agg", "plot")
-    figure = figure_module.Figure(figsize=(9, 6), layout="constrained")
-    agg.FigureCanvasAgg(figure)
+    figure = new_figure(9, 6)
     speed, experts, moved = figure.subplots(3, 1, sharex=True)
     smooth = max(1, min(SMOOTH, len(samples) // 16))
     starts = range(0, len(samples), smooth)
@@ -75,9 +72,7 @@ def draw_run(path: Path, samples: Sequence[Sample]) -> Path:
     for axes in (speed, experts, moved):
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_ylim(bottom=0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
+    return save_figure(figure, path)
 
 
 def _stack(

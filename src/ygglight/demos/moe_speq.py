@@ -24,7 +24,7 @@ from ygglight.engines.memory.sizes import format_bytes
 from ygglight.engines.moe_speq.layout import find_sites
 from ygglight.engines.moe_speq.report import Report
 from ygglight.modules.causal_lm import CausalLM
-from ygglight.modules.upcycling import centroid_router, upcycle
+from ygglight.modules.upcycling import set_routers, upcycle
 from ygglight.strategies.moe_speq import MoESpeQStrategy
 
 DENSE, SPARSE = "smollm2-135m-instruct", "smollm2-moe-8x10"
@@ -114,9 +114,9 @@ def copies(dense: Any, ids: Tensor) -> Any:
     seen: list[Tensor] = []
     hooks = [gate.register_forward_hook(lambda _, given, made: seen.append(given[0])) for gate in gates]
     moe.get_decoder()(input_ids=ids, use_cache=False)
-    for number, (gate, hook, given) in enumerate(zip(gates, hooks, seen, strict=True)):
+    for hook in hooks:
         hook.remove()
-        gate.weight.copy_(centroid_router(given.flatten(0, -2), EXPERTS, ENTROPY, seed=number))
+    set_routers(gates, seen, ENTROPY)
     return moe
 
 

@@ -24,7 +24,7 @@ from ygglight.kernels.linear_kl import linear_kl
 from ygglight.modules.loss import chunked_loss
 from ygglight.modules.optim import build_optimizer, warmup_schedule
 from ygglight.modules.routing import Routing, RoutingStatistics
-from ygglight.modules.upcycling import balance_loss, centroid_router, run_experts, upcycle
+from ygglight.modules.upcycling import balance_loss, run_experts, set_routers, upcycle
 
 __all__ = ["UpcycledMoE"]
 
@@ -233,9 +233,9 @@ class UpcycledMoE(L.LightningModule):
             for tokens in self._recent:
                 self.moe.get_decoder()(input_ids=tokens, use_cache=False)
         blocks, p = self._blocks(), self._p
-        for number, block in enumerate(blocks):
-            seen = torch.cat([x.flatten(0, -2).float() for x in inputs[number :: len(blocks)]])
-            block.gate.weight.copy_(centroid_router(seen, p.experts, p.entropy, seed=p.seed + number))
+        seen = [torch.cat([x.flatten(0, -2) for x in inputs[i :: len(blocks)]]) for i in range(len(blocks))]
+        set_routers([block.gate for block in blocks], seen, p.entropy, p.seed)
+        for block in blocks:
             for weight in block.experts.parameters():
                 weight.copy_(weight[:1].clone().expand_as(weight))
                 for name, value in optimizer.state.get(weight, {}).items():

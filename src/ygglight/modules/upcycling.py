@@ -17,6 +17,7 @@ __all__ = [
     "centroid_router",
     "normalised_entropy",
     "run_experts",
+    "set_routers",
     "upcycle",
 ]
 
@@ -126,6 +127,19 @@ def centroid_router(inputs: Tensor, experts: int, entropy: float, *, rounds: int
     weight = slope + (bias - centre.square().sum(1) / 2 - slope @ mean)[:, None] * _ones(x)
     weight -= weight.mean(0)  # changes no probability, and spares bfloat16 the large numbers
     return weight / _temperature(x @ weight.T, entropy)
+
+
+@torch.no_grad()
+def set_routers(gates: Sequence[Any], inputs: Sequence[Tensor], entropy: float, seed: int = 0) -> None:
+    """Give each router the clusters of what it sees.
+
+    Args:
+        gates: The routers. inputs: Of each of them, ``[..., H]``.
+        entropy: See :func:`centroid_router`. seed: Of the first router's clusters; one more for each that follows.
+    """
+    for number, (gate, seen) in enumerate(zip(gates, inputs, strict=True)):
+        rows = seen.flatten(0, -2).float()
+        gate.weight.copy_(centroid_router(rows, len(gate.weight), entropy, seed=seed + number))
 
 
 def _balanced(score: Tensor, bias: Tensor, temperature: float, rounds: int = 12) -> Tensor:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 STAGES = ("prefill", "draft", "verify", "host")
 
 
-class Timed(Protocol):
+class Timed:
     """What a :class:`Clock` writes to.
 
     Args:
@@ -20,6 +20,11 @@ class Timed(Protocol):
     """
 
     seconds: dict[str, float]
+
+    @property
+    def decode_seconds(self) -> float:
+        """Without the prompts."""
+        return sum(s for stage, s in self.seconds.items() if stage != "prefill")
 
 
 class Clock:

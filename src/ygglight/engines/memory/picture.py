@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ygglight.compat.figures import new_figure, save_figure
+
 COLOURS = ("#0b6e4f", "#c8553d", "#2d4a8a", "#8a6d2d")
 
 
@@ -27,14 +29,7 @@ def draw_memory(
     Raises:
         ModuleNotFoundError: without matplotlib, naming the extra.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("a picture needs matplotlib: pip install 'ygglight[plot]'") from error
-
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 4)
     axes = figure.add_subplot()
     if plain:
         axes.fill_between(_positions(plain), _mebibytes(plain), color="#d9d9d9", label="without Adacc", linewidth=0)
@@ -50,9 +45,7 @@ def draw_memory(
     axes.set_title(title, fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
+    return save_figure(figure, path)
 
 
 def _positions(sizes: Sequence[int]) -> list[float]:

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from ygglight.engines.decode.clock import STAGES
+from ygglight.engines.decode.clock import STAGES, Timed
 from ygglight.engines.memory.sizes import format_bytes
 
 CAUSES = ("demand", "prefetch", "prefill")
@@ -18,7 +18,7 @@ KEPT = 1024
 
 
 @dataclass
-class Report:
+class Report(Timed):
     """Totals over any number of generations.
 
     Args:
@@ -49,11 +49,6 @@ class Report:
     errors: list[float] = field(default_factory=list)
     fallbacks: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def decode_seconds(self) -> float:
-        """Without the prompts."""
-        return sum(s for stage, s in self.seconds.items() if stage != "prefill")
 
     @property
     def tokens_per_cycle(self) -> float:

@@ -6,11 +6,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from ygglight.engines.decode.clock import STAGES
+from ygglight.engines.decode.clock import STAGES, Timed
 
 
 @dataclass
-class Report:
+class Report(Timed):
     """Totals over any number of generations.
 
     Args:
@@ -31,11 +31,6 @@ class Report:
     shapes: Counter[tuple[int, int]] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def decode_seconds(self) -> float:
-        """Without the prompts."""
-        return sum(s for stage, s in self.seconds.items() if stage != "prefill")
 
     @property
     def tokens_per_step(self) -> float:

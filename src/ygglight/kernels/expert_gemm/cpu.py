@@ -8,12 +8,11 @@ are rounded to bfloat16, whatever their dtype is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ygglight.kernels.expert_gemm.int4 import SCALE_DTYPE, pack_codes, unpack_codes
+from ygglight.kernels.expert_gemm.int4 import SCALE_DTYPE, Int4Stack, pack_codes, unpack_codes
 from ygglight.kernels.expert_gemm.reference import grouped_mlp
 
 _FAST = ("AVX2", "AVX512")
@@ -40,17 +39,13 @@ def _convert(codes: Tensor) -> Tensor:
     return packed
 
 
-@dataclass(frozen=True)
-class CpuInt4Weight:
-    """One matrix of each expert of a layer, for this machine's CPU only.
+class CpuInt4Weight(Int4Stack):
+    """For this machine's CPU only.
 
     Args:
         packed: uint8 ``[E, N, K / 2]`` in torch's order of bytes. scale: bfloat16 ``[E, K / group, N, 2]``, each scale
             with the zero that torch adds to (code - 8) * scale.
     """
-
-    packed: Tensor
-    scale: Tensor
 
     @classmethod
     def allocate(cls, experts: int, rows: int, columns: int, group: int) -> CpuInt4Weight:
@@ -63,25 +58,9 @@ class CpuInt4Weight:
         return cls(packed, torch.zeros(experts, columns // group, rows, 2, dtype=SCALE_DTYPE))
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """E, N and K."""
-        experts, rows, half = self.packed.shape
-        return experts, rows, 2 * half
-
-    @property
     def group(self) -> int:
         """Weights that share a scale."""
         return self.shape[2] // self.scale.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes, scales and zeros."""
-        return self.packed.nbytes + self.scale.nbytes
-
-    @property
-    def device(self) -> torch.device:
-        """The CPU."""
-        return self.packed.device
 
     def write(self, expert: int, packed: Tensor, scale: Tensor) -> None:
         """Sets one expert.

@@ -63,15 +63,39 @@ def dequantize(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Int4Weight:
-    """One matrix of each expert of a layer; this is also how files hold it.
+class Int4Stack:
+    """One matrix of each expert of a layer, in whatever order of bytes.
 
     Args:
-        packed: uint8 ``[E, N, K / 2]``, see :func:`pack_codes`. scale: ``[E, N, K / group]``.
+        packed: uint8 ``[E, N, K / 2]``. scale: a scale a group, and what belongs to it.
     """
 
     packed: Tensor
     scale: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """E, N and K."""
+        experts, rows, half = self.packed.shape
+        return experts, rows, 2 * half
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and what belongs to them."""
+        return self.packed.nbytes + self.scale.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.packed.device
+
+
+class Int4Weight(Int4Stack):
+    """This is also how files hold it.
+
+    Args:
+        packed: uint8 ``[E, N, K / 2]``, see :func:`pack_codes`. scale: ``[E, N, K / group]``.
+    """
 
     @classmethod
     def allocate(cls, experts: int, rows: int, columns: int, group: int, device: torch.device | str) -> Int4Weight:
@@ -84,25 +108,9 @@ class Int4Weight:
         return cls(packed, torch.empty(experts, rows, columns // group, dtype=SCALE_DTYPE, device=device))
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """E, N and K."""
-        experts, rows, half = self.packed.shape
-        return experts, rows, 2 * half
-
-    @property
     def group(self) -> int:
         """Weights that share a scale."""
         return self.shape[2] // self.scale.shape[2]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        return self.packed.nbytes + self.scale.nbytes
-
-    @property
-    def device(self) -> torch.device:
-        """Where it lies."""
-        return self.packed.device
 
     def write(self, expert: int, packed: Tensor, scale: Tensor) -> None:
         """Sets one expert.
