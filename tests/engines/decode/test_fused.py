@@ -18,6 +18,10 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.3, "tie_word_embeddings": False,
     "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
 }  # fmt: skip
+LATER = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64,
+    "llama_4_scaling_beta": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32.0, "beta_slow": 1.0,
+}  # fmt: skip
 SLIDING = {"sliding_window": 12}  # of a prompt of 9 tokens and 8 new ones
 # model type -> what its configuration needs besides
 MODELS: dict[str, dict[str, Any]] = {
@@ -213,6 +217,8 @@ def test_why_layers_are_left_alone() -> None:
         ("gpt_neox", {}, "no self_attn"),
         ("olmo2", {}, "no input_layernorm"),
         ("cohere", {}, "something else than an RMSNorm"),
+        # scales its queries behind so many tokens
+        ("ministral3", {"head_dim": 16, "rope_parameters": LATER}, "other results"),
         ("gpt_oss", {"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1}, "other results"),
     ],
 )

@@ -25,7 +25,9 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def sample(spec, lengths, slots, query=0, bias=False, mask=False, dtype=torch.float16):
+def sample(spec, lengths, count, query=0, bias=False, mask=False, dtype=torch.float16, rotary="pairs", slots=False):
+    """Committed tokens as given, of ``count`` slots; with ``slots`` the new token's is one among them."""
+    spec = dataclasses.replace(spec, rotary=rotary)
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape, scale=1.0, mean=0.0):
@@ -48,7 +50,7 @@ def sample(spec, lengths, slots, query=0, bias=False, mask=False, dtype=torch.fl
         kv_a_bias=normal(spec.latent + spec.rope_dim) if bias else None,
         o_bias=normal(spec.hidden) if bias else None,
     )
-    cache = normal(batch, slots, spec.latent + spec.rope_dim)
+    cache = normal(batch, count, spec.latent + spec.rope_dim)
     for row, length in zip(cache, lengths, strict=True):
         row[length:] = torch.nan
     angles = torch.rand(batch, spec.rope_dim // 2, generator=generator) * 6
@@ -56,7 +58,8 @@ def sample(spec, lengths, slots, query=0, bias=False, mask=False, dtype=torch.fl
         "x": normal(batch, spec.hidden, scale=2.0), "weights": weights, "spec": spec, "cos": angles.cos().to(dtype),
         "sin": angles.sin().to(dtype), "latents": cache[..., : spec.latent], "rotated": cache[..., spec.latent :],
         "lengths": torch.tensor(lengths, dtype=torch.int32),
-        "mask": torch.rand(batch, slots, generator=generator) < 0.6 if mask else None,
+        "mask": torch.rand(batch, count, generator=generator) < 0.6 if mask else None,
+        "slots": (torch.tensor(lengths) - 2).clamp(min=0) if slots else None,
     }  # fmt: skip
 
 
@@ -69,7 +72,14 @@ def in_dtype(arguments, dtype):
 
 
 def run(function, arguments, **options):
-    x, spec = arguments["x"], arguments["spec"]
+    x, spec, slots = arguments["x"], arguments["spec"], arguments["slots"]
+    if slots is not None:  # into the cache that is read, of which later runs see nothing
+        arguments = arguments | {name: arguments[name].clone() for name in ("latents", "rotated")}
+        new = [arguments["latents"], arguments["rotated"]]
+        with poisoned_empty():
+            out = function(**arguments, new_latents=new[0], new_rotated=new[1], **options)
+        rows = torch.arange(len(x), device=x.device)
+        return out, *(each[rows, slots] for each in new)
     new = [
         torch.full((len(x), size), torch.nan, dtype=x.dtype, device=x.device) for size in (spec.latent, spec.rope_dim)
     ]
@@ -82,9 +92,9 @@ def run(function, arguments, **options):
     ("blocks", "options"),
     [
         (1, {"mask": True, "bias": True}),
-        (2, {"query": 160}),
-        (4, {}),
-        (8, {"query": 96, "bias": True, "mask": True, "dtype": torch.bfloat16}),
+        (2, {"query": 160, "rotary": "unzipped", "slots": True}),
+        (4, {"rotary": "halves"}),
+        (8, {"query": 96, "bias": True, "mask": True, "dtype": torch.bfloat16, "slots": True}),
     ],
 )
 def test_agrees_with_the_reference(blocks, options):
@@ -114,18 +124,21 @@ def test_sizes_that_do_not_fit_are_refused():
         run(launch, sample(SMALL, [3], 4), blocks=16)
 
 
+V3 = dataclasses.replace(LARGE, rotary="unzipped")
 CASES = [
-    (LITE, 0, 8, "*bf16"),
+    (LITE, 0, 8, "*bf16", False),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
-        for case in [(LITE, 0, 1, "*fp16"), (LITE, 0, 2, "*bf16"), (LITE, 0, 4, "*bf16"), (LARGE, 1536, 1, "*bf16"),
-                     (LARGE, 1536, 2, "*bf16"), (LARGE, 1536, 4, "*fp16")]
+        for case in [(LITE, 0, 1, "*fp16", False), (LITE, 0, 2, "*bf16", True), (LITE, 0, 4, "*bf16", False),
+                     (LITE, 0, 8, "*bf16", True), (V3, 1536, 1, "*bf16", True), (V3, 1536, 2, "*bf16", False),
+                     (LARGE, 1536, 4, "*fp16", True),
+                     (dataclasses.replace(LARGE, rotary="halves"), 1536, 4, "*bf16", True)]
     ),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("spec", "query", "blocks", "dtype"), CASES)
-def test_it_compiles(spec, query, blocks, dtype):
+@pytest.mark.parametrize(("spec", "query", "blocks", "dtype", "slots"), CASES)
+def test_it_compiles(spec, query, blocks, dtype, slots):
     triton = pytest.importorskip("triton")
     if tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:2]) < (3, 8):
         pytest.skip("Triton before 3.8 reduces within a block only")
@@ -137,11 +150,17 @@ def test_it_compiles(spec, query, blocks, dtype):
         "x_b": spec.hidden, "query_b": query, "q_r": query or spec.hidden, "kv_a_r": spec.hidden,
         "kv_b_r": spec.latent, "o_r": spec.heads * spec.value_dim, "cos_b": spec.rope_dim // 2,
         "sin_b": spec.rope_dim // 2, "latents_b": SLOTS * token, "latents_c": token, "rotated_b": SLOTS * token,
-        "rotated_c": token, "new_latents_b": spec.latent, "new_rotated_b": spec.rope_dim, "mask_b": 0, "mask_c": 1,
-        "mask_ptr": None, "kv_a_bias_ptr": None,
+        "rotated_c": token, "mask_b": 0, "mask_c": 1, "mask_ptr": None, "kv_a_bias_ptr": None,
     }  # fmt: skip
+    if slots:
+        constants |= {"new_latents_b": SLOTS * token, "new_latents_c": token}
+        constants |= {"new_rotated_b": SLOTS * token, "new_rotated_c": token}
+    else:
+        constants |= {"slots_ptr": None, "new_latents_b": spec.latent, "new_latents_c": 0}
+        constants |= {"new_rotated_b": spec.rope_dim, "new_rotated_c": 0}
     constants |= {} if query else {"query_ptr": None, "query_norm_ptr": None}
     signature = {name: dtype for name in kernel.arg_names if name.endswith("_ptr")}
+    signature |= {"slots_ptr": "*i64", "cos_ptr": "*fp32", "sin_ptr": "*fp32"}
     signature |= {"query_ptr": "*fp32", "parts_ptr": "*fp32", "lengths_ptr": "*i32", "batches": "i32", "heads": "i32"}
     signature |= {"eps": "fp32", "latent_eps": "fp32", "inner": "fp32"}
     constants |= cluster_mla.constants(spec, spec.hidden, query, blocks)
@@ -171,14 +190,15 @@ def test_the_query_latents_kernel_compiles():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("blocks", [1, 2, 4, 8])
-@pytest.mark.parametrize(("spec", "query"), [(LITE, 0), (dataclasses.replace(LARGE, heads=16), 1536)])
+@pytest.mark.parametrize(("spec", "query"), [(LITE, 0), (dataclasses.replace(V3, heads=16), 1536)])
 def test_on_a_gpu(spec, query, blocks):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the cluster block is for compute capability 9.0")
     from ygglight.kernels.cluster_decode import cluster_mla
 
-    for lengths in ([1], [0, 4096], [1023]):
-        arguments = sample(spec, lengths, 4100, query=query, bias=True, dtype=torch.bfloat16)
+    for number, lengths in enumerate(([1], [0, 4096], [1023])):
+        options = {"rotary": spec.rotary, "slots": number == 2}
+        arguments = sample(spec, lengths, 4100, query=query, bias=True, dtype=torch.bfloat16, **options)
         exact = run(latent_block_reference, in_dtype(arguments, torch.float64))
         rounded = run(latent_block_reference, arguments)
         on_device = {

@@ -14,8 +14,7 @@ from transformers.cache_utils import DynamicCache
 from ygglight.compat.attention import text_config
 from ygglight.engines.clusterfusion.report import ModelReport, table
 from ygglight.engines.decode.fused import FusedAttention, evaluating
-from ygglight.engines.decode.fusion import PLAIN, Decision, Prepare, Trial, decide, forced
-from ygglight.kernels.cluster_decode import block_ways
+from ygglight.engines.decode.fusion import PLAIN, Decision, Prepare, Trial, decide, forced, ways_of
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +84,9 @@ class ClusterFusionRuntime:
                     "enabled='auto' to run it as it is"
                 )
             return decision
-        if not block_ways(device)[0]:  # before a prompt is run for nothing
-            return Decision(PLAIN, block_ways(device)[1])
+        ways, reason = ways_of(model, device)
+        if not ways:  # before a prompt is run for nothing
+            return Decision(PLAIN, reason)
         log.info("ClusterFusion: measuring steps of %s", name)
         with evaluating(model):
             return decide(

@@ -74,6 +74,11 @@ class Decoder:
         self.replays = True
         """Whether passes may come from graphs now: one in which the host reads what the device found cannot."""
 
+    def forget_graphs(self) -> None:
+        """Record anew what comes: modules of the model work on other tensors from now on."""
+        if self._graphs is not None:
+            self._graphs = Graphs(self._run)
+
     # -- the forward -------------------------------------------------------------------------------------------------
     def forward(
         self,

@@ -18,9 +18,10 @@ from ygglight.compat.attention import text_config
 from ygglight.compat.decoder_layers import attention_name, has_hooks
 from ygglight.compat.transformers import decoder_layers, unwrap
 from ygglight.engines.decode import attention
+from ygglight.engines.decode.latent import LatentParts, is_latent, recognise_latent
 from ygglight.engines.decode.places import Lengths, Place, place
 from ygglight.engines.decode.recognise import LayerParts, NotFusable, recognise
-from ygglight.kernels.cluster_decode import BlockSpec, choose_path, decode_block
+from ygglight.kernels.cluster_decode import BlockSpec, LatentSpec, choose_path, decode_block
 
 _WITHOUT_SOFTCAP = "sdpa"
 """Transformers' sdpa drops a soft cap (5.17); what replaces it has to do as it does."""
@@ -37,10 +38,14 @@ def fusable(layer: nn.Module) -> str | None:
         layer: One of a model's decoder layers.
     """
     try:
-        recognise(layer)
+        _parts_of(layer)
     except NotFusable as error:
         return str(error)
     return None
+
+
+def _parts_of(layer: nn.Module) -> LayerParts | LatentParts:
+    return recognise_latent(layer) if is_latent(layer) else recognise(layer)
 
 
 class FusedAttention:
@@ -53,7 +58,7 @@ class FusedAttention:
 
     Args:
         model: A causal language model of transformers, or of peft around one.
-        block: What to run, in the form of `decode_block`.
+        block: What to run, in the form of `decode_block`, for layers of latent attention with a `LatentSpec`.
     """
 
     def __init__(self, model: Any, *, block: Callable[..., Tensor] = decode_block) -> None:
@@ -63,7 +68,7 @@ class FusedAttention:
         lengths = Lengths()
         for index, layer in enumerate(decoder_layers(model)):
             try:
-                self._layers.append(_FusedLayer(index, layer, recognise(layer), lengths, block))
+                self._layers.append(_FusedLayer(index, layer, _parts_of(layer), lengths, block))
                 self.reasons.append(None)
             except NotFusable as error:
                 self.reasons.append(str(error))
@@ -116,8 +121,12 @@ class FusedAttention:
         self.remove()
 
     def _prove(self, model: Any) -> None:
-        """Run a short prompt and one more token, of which each layer tries its block; drop those that differ."""
+        """Run a short prompt and one more token, of which each layer tries its block; drop those that differ.
+
+        That token is put at the last position there is: some models scale queries by where a token is (Ministral 3).
+        """
         config = text_config(model)
+        last = max(_PROMPT, (getattr(config, "max_position_embeddings", None) or 0) - 1)
         cache = DynamicCache(config=config)
         tokens = (torch.arange(_PROMPT + 1, device=model.device) * 7 + 3)[None] % int(config.vocab_size)
         self.install()
@@ -127,7 +136,8 @@ class FusedAttention:
                 for layer in self._layers:
                     layer.why_different = "the model does not run it one token at a time with a cache it knows"
                     layer.trying = True
-                model(input_ids=tokens[:, _PROMPT:], past_key_values=cache, use_cache=True)
+                position = torch.full_like(tokens[:, _PROMPT:], last)
+                model(input_ids=tokens[:, _PROMPT:], position_ids=position, past_key_values=cache, use_cache=True)
         except Exception as error:  # whatever a model that is made otherwise stumbles over
             for layer in self._layers:
                 layer.why_different = f"the model cannot be tried ({type(error).__name__}: {_first_line(error)})"
@@ -143,10 +153,15 @@ class _FusedLayer:
     """One decoder layer, its norm and its attention, with their forwards replaced."""
 
     def __init__(
-        self, index: int, layer: nn.Module, parts: LayerParts, lengths: Lengths, block: Callable[..., Tensor]
+        self,
+        index: int,
+        layer: nn.Module,
+        parts: LayerParts | LatentParts,
+        lengths: Lengths,
+        block: Callable[..., Tensor],
     ) -> None:
         self.index, self.layer, self.parts = index, layer, parts
-        self.spec = parts.spec
+        self.spec: BlockSpec | LatentSpec = parts.spec
         self.cache_index = int(getattr(parts.attention, "layer_idx", index))
         self.calls = 0
         self.trying = False
@@ -205,8 +220,8 @@ class _FusedLayer:
         if len(args) != 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         hidden, attention_module = args[0], self.parts.attention
-        angles = kwargs.get("position_embeddings")
-        if hidden.dim() != 3 or hidden.shape[1] != 1 or not isinstance(angles, tuple) or len(angles) != 2:
+        angles = self.parts.angles(kwargs.get("position_embeddings"), self.spec)
+        if hidden.dim() != 3 or hidden.shape[1] != 1 or angles is None:
             return None
         config = getattr(attention_module, "config", None)
         wants_weights = kwargs.get("output_attentions") or getattr(config, "output_attentions", False)
@@ -221,33 +236,37 @@ class _FusedLayer:
         if not fits or hidden.dtype is not weight.dtype or hidden.device != weight.device or has_hooks(self._inside):
             return None
         found = place(kwargs.get("past_key_values"), self.cache_index, kwargs.get("attention_mask"), len(hidden))
-        return found if found is not None and found.keys.dtype is hidden.dtype else None
+        if found is None or found.keys.dtype is not hidden.dtype:
+            return None
+        if not self.parts.fits(found.keys, found.values):
+            if self.trying:
+                self.why_different = "its cache holds something else than the keys and values of such a layer"
+            return None
+        return found
 
     def _attend(
-        self, spec: BlockSpec, found: Place, hidden: Tensor, kwargs: dict[str, Any]
+        self, spec: BlockSpec | LatentSpec, found: Place, hidden: Tensor, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        batch, count = len(hidden), found.keys.shape[2]
-        if spec.softcap is not None and attention_name(self.parts.attention) == _WITHOUT_SOFTCAP:
+        batch, count, parts = len(hidden), found.keys.shape[2], self.parts
+        if isinstance(spec, BlockSpec) and attention_name(parts.attention) == _WITHOUT_SOFTCAP:
             spec = replace(spec, softcap=None)
-        # One row of angles may be for all sequences, and where there is no rotary embedding they are not asked for.
-        cos, sin = (part[:, 0, : spec.rotary_dim].expand(batch, -1) for part in kwargs["position_embeddings"])
-        if found.store is None:
-            shape = (batch, spec.kv_heads, spec.head_dim)
-            new_keys, new_values = (torch.empty(shape, dtype=hidden.dtype, device=hidden.device) for _ in range(2))
-        else:
-            new_keys, new_values = found.store
-        lengths = self._lengths(kwargs["past_key_values"], batch, count, hidden.device, fixed=found.store is not None)
+        angles = parts.angles(kwargs["position_embeddings"], spec)
+        assert angles is not None  # `_place` has seen to it
+        cos, sin = (part[:, 0].expand(batch, -1) for part in angles)  # one row of angles may be for all sequences
+        stored = found.store is not None
+        new_keys, new_values = parts.new(hidden) if found.store is None else map(parts.cached, found.store)
+        lengths = self._lengths(kwargs["past_key_values"], batch, count, hidden.device, fixed=stored)
         attended = self._block(
-            hidden[:, 0], self.parts.weights(), spec, cos, sin, found.keys, found.values, lengths, new_keys, new_values,
-            mask=found.mask, slots=found.slots,
+            hidden[:, 0], parts.weights(), spec, cos, sin, parts.cached(found.keys), parts.cached(found.values),
+            lengths, new_keys, new_values, mask=found.mask, slots=found.slots,
         )  # fmt: skip
-        return attended, new_keys[:, :, None], new_values[:, :, None]
+        return attended, parts.states(new_keys), parts.states(new_values)
 
     def _try(self, found: Place, *args: Any, **kwargs: Any) -> Any:
         """Run the step both ways and note whether they agree; what the model sees is its own result."""
         before = args[0].clone()
         tried = []
-        for spec in self.parts.candidates(kwargs["position_embeddings"][0].shape[-1]):
+        for spec in self.parts.candidates(kwargs["position_embeddings"]):
             attended, keys, values = self._attend(spec, found, args[0], kwargs)
             tried.append((spec, self._around(attended, *args, **kwargs), keys, values))
         output = self._forwards[0](*args, **kwargs)

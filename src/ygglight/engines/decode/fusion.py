@@ -17,9 +17,10 @@ from torch import nn
 
 from ygglight.compat.transformers import decoder_layers
 from ygglight.engines.decode.fused import FusedAttention, fusable
+from ygglight.engines.decode.latent import is_latent
 from ygglight.engines.profiling import fingerprint, remember
 from ygglight.engines.profiling.measure import timed
-from ygglight.kernels.cluster_decode import block_ways, decode_block
+from ygglight.kernels.cluster_decode import block_ways, decode_block, latent_ways
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class Decision:
     """How steps of one token run.
 
     Args:
-        way: "plain", "split_k", "cluster 4" and so on, or "torch" for the twin.
+        way: "plain", "split_k", "cluster 4" and so on, or "torch".
         reason: One line that says why.
         fused: What to install, None for plain steps.
         seconds: Of one step in each way that was measured.
@@ -61,6 +62,15 @@ class Decision:
     reason: str
     fused: FusedAttention | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+def ways_of(model: nn.Module, device: torch.device) -> tuple[dict[str, Callable[..., Any]], str]:
+    """The ways in which a device can run a model's steps fused, to be measured; and a line that says why not more.
+
+    Args:
+        model: A causal language model. device: where it is.
+    """
+    return (latent_ways if any(map(is_latent, decoder_layers(model))) else block_ways)(device)
 
 
 def decide(
@@ -77,7 +87,7 @@ def decide(
         model: A causal language model. device: where it is. prepare: gives what is timed.
         cluster_size: The only size of clusters to try. key: what else the time of a step depends on.
     """
-    ways, reason = block_ways(device)
+    ways, reason = ways_of(model, device)
     only = f"cluster {cluster_size}"
     if cluster_size is not None and only in ways:
         ways = {only: ways[only]}

@@ -21,24 +21,28 @@ from ygglight.kernels.cluster_decode.choose import (
     choose_path,
     cluster_support,
     describe,
+    describe_latent,
     possible_paths,
 )
+from ygglight.kernels.cluster_decode.latent import latent_block
+from ygglight.kernels.cluster_decode.mla import LatentSpec, LatentWeights
 from ygglight.kernels.cluster_decode.operation import Operation
 from ygglight.kernels.cluster_decode.reference import decode_block_reference
 from ygglight.kernels.cluster_decode.spec import BlockSpec, BlockWeights
 
 __all__ = [
-    "CLUSTER_SIZES", "BlockSpec", "BlockWeights", "Choice", "Path", "block_ways", "choose_path", "cluster_support",
-    "decode_block", "decode_block_reference",
+    "CLUSTER_SIZES", "BlockSpec", "BlockWeights", "Choice", "LatentSpec", "LatentWeights", "Path", "block_ways",
+    "choose_path", "cluster_support", "decode_block", "decode_block_reference", "latent_block", "latent_ways",
 ]  # fmt: skip
 
 _dispatch.register("cluster_decode", has_kernel=True, describe=describe)
+_dispatch.register("latent_decode", has_kernel=True, describe=describe_latent)
 
 
 def decode_block(
     x: Tensor,
-    weights: BlockWeights,
-    spec: BlockSpec,
+    weights: BlockWeights | LatentWeights,
+    spec: BlockSpec | LatentSpec,
     cos: Tensor,
     sin: Tensor,
     keys: Tensor,
@@ -62,7 +66,7 @@ def decode_block(
     Args:
         x: ``[B, hidden]``, the residual stream before the norm; float16, bfloat16, float32 or float64.
         weights: In the dtype of ``x``.
-        spec: Sizes and switches.
+        spec: Sizes and switches. With a :class:`LatentSpec` this is `latent_block`, which says what the rest is then.
         cos: ``[B, rotary_dim]``, of the new token's position. The angle of pair i is element i: the second half of
             what rotary modules of transformers give repeats the first, and is not read. sin: the same.
         keys: ``[B, kv_heads, C, head_dim]``, a view of any cache in any strides; C may be 0. values: the same.
@@ -83,6 +87,11 @@ def decode_block(
         ValueError: shapes, dtypes or devices do not fit, or a gradient would be needed.
         RuntimeError: YGGLIGHT_KERNELS=triton where no kernel can run.
     """
+    if isinstance(spec, LatentSpec) or isinstance(weights, LatentWeights):
+        return _latent(
+            x, weights, spec, cos, sin, keys, values, lengths, new_keys, new_values, mask=mask, slots=slots,
+            blocks=blocks,
+        )  # fmt: skip
     if torch.compiler.is_compiling():
         return _operation(
             x, weights, spec, cos, sin, keys, values, lengths, new_keys, new_values, mask, slots, blocks
@@ -102,6 +111,7 @@ def decode_block(
 
 
 _operation = Operation(decode_block)
+_latent: Callable[..., Tensor] = latent_block
 
 
 def block_ways(device: torch.device) -> tuple[dict[str, Callable[..., Tensor]], str]:
@@ -117,3 +127,19 @@ def block_ways(device: torch.device) -> tuple[dict[str, Callable[..., Tensor]], 
     paths, reason = possible_paths(device)
     sizes = ([0] if "split_k" in paths else []) + (list(CLUSTER_SIZES) if "cluster" in paths else [])
     return {f"cluster {size}" if size else "split_k": partial(decode_block, blocks=size) for size in sizes}, reason
+
+
+def latent_ways(device: torch.device) -> tuple[dict[str, Callable[..., Tensor]], str]:
+    """The ways in which a device can run `latent_block`, by name, to be measured; and a line that says why not more.
+
+    Plain torch is one of them on any device: a model's own code expands all of the text at each step.
+
+    Args:
+        device: Where the model is.
+
+    Returns:
+        Functions in the form of `decode_block`, which take another way for calls that theirs has nothing for.
+    """
+    paths, reason = possible_paths(device, latent=True)
+    sizes = ([0] if "torch" in paths else []) + (list(CLUSTER_SIZES) if "cluster" in paths else [])
+    return {f"cluster {size}" if size else "torch": partial(decode_block, blocks=size) for size in sizes}, reason

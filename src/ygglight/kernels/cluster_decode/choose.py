@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import torch
 
 from ygglight.kernels import _dispatch
+from ygglight.kernels.cluster_decode.mla import LatentSpec
 from ygglight.kernels.cluster_decode.spec import BlockSpec
 
 ENVIRONMENT_VARIABLE = "YGGLIGHT_CLUSTER_DECODE"
@@ -29,6 +30,8 @@ MAX_HEAD_DIM = 256
 MAX_GROUP = 64
 """Most query heads of a key head: one program has them all."""
 
+_NO_SPLIT_K = "latent attention has no split-K kernels"
+
 Path = Literal["torch", "split_k", "cluster"]
 
 
@@ -46,12 +49,18 @@ class Choice:
 
 
 def choose_path(
-    spec: BlockSpec, dtype: torch.dtype, device: torch.device, *, batch: int = 1, mask: torch.dtype | None = None
+    spec: BlockSpec | LatentSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    batch: int = 1,
+    mask: torch.dtype | None = None,
 ) -> Choice:
     """Decides what runs a block.
 
     Args:
-        spec: Of the block. dtype: of its tensors. device: where they are. batch: sequences.
+        spec: Of the block; latent attention has no split-K kernels. dtype: of its tensors. device: where they are.
+        batch: sequences.
         mask: Dtype of the mask, None without one.
 
     Raises:
@@ -63,36 +72,45 @@ def choose_path(
         return Choice("torch", f"{ENVIRONMENT_VARIABLE}=torch")
     info = _dispatch.implementation("cluster_decode", device.type)
     obstacle = info.reason if info.implementation != "triton" else _why_no_kernel(spec, dtype)
-    if obstacle is not None:
+    if isinstance(spec, LatentSpec):
+        obstacle = obstacle or _why_no_clusters(device) or _why_no_latent_cluster(spec, dtype, batch, mask)
+        choice = Choice("cluster", _clusters_run()) if obstacle is None else Choice("torch", obstacle)
+    elif obstacle is not None:
         choice = Choice("torch", obstacle)
     elif wish == "split_k":
         choice = Choice("split_k", f"{ENVIRONMENT_VARIABLE}=split_k")
     else:
         obstacle = _why_no_clusters(device) or _why_no_cluster_block(spec, dtype, batch, mask)
         choice = Choice("cluster", _clusters_run()) if obstacle is None else Choice("split_k", obstacle)
+    if isinstance(spec, LatentSpec) and wish == "split_k":
+        choice = Choice(choice.path, _NO_SPLIT_K)
     if wish not in ("auto", choice.path):
         raise RuntimeError(f"{ENVIRONMENT_VARIABLE}={wish} cannot run here ({choice.reason}): unset it")
     return choice
 
 
-def possible_paths(device: torch.device) -> tuple[tuple[Path, ...], str]:
-    """The kernels that a device can run, whatever the block, and one line that says why not more.
+def possible_paths(device: torch.device, *, latent: bool = False) -> tuple[tuple[Path, ...], str]:
+    """What may be faster than a model's own code on a device, whatever the block; one line that says why not more.
+
+    Of latent attention that includes plain torch, for the models' own code expands all of the text at each step.
 
     Args:
-        device: Where the tensors would be.
+        device: Where the tensors would be. latent: whether the block is one of latent attention.
 
     Raises:
         RuntimeError: an environment variable asks for what cannot run here.
         ValueError: an environment variable holds an unknown word.
     """
     wish = _wish()
+    plain: tuple[Path, ...] = ("torch",) if latent else ()
     if wish == "torch":
-        return (), f"{ENVIRONMENT_VARIABLE}=torch"
+        return plain, f"{ENVIRONMENT_VARIABLE}=torch"
     info = _dispatch.implementation("cluster_decode", device.type)
     if info.implementation != "triton":
-        return (), info.reason
+        return tuple(path for path in plain if wish in ("auto", path)), info.reason
     obstacle = _why_no_clusters(device)
-    found: tuple[Path, ...] = ("split_k",) if obstacle is not None else ("cluster", "split_k")
+    found: tuple[Path, ...] = plain if latent else ("split_k",)
+    found = found if obstacle is not None else ("cluster", *found)
     return tuple(path for path in found if wish in ("auto", path)), obstacle or _clusters_run()
 
 
@@ -128,6 +146,42 @@ def describe(info: _dispatch.KernelInfo) -> _dispatch.KernelInfo:
     return _dispatch.KernelInfo(info.name, info.implementation, reason)
 
 
+def describe_latent(info: _dispatch.KernelInfo) -> _dispatch.KernelInfo:
+    """The same of the block of latent attention, whose torch path is not the reference.
+
+    Args:
+        info: From :func:`ygglight.kernels._dispatch.implementation`.
+
+    Raises:
+        RuntimeError: an environment variable asks for what cannot run here.
+    """
+    wish, device = _wish(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    obstacle = info.reason if info.implementation != "triton" else _why_no_clusters(device)
+    if wish == "torch":
+        obstacle = f"{ENVIRONMENT_VARIABLE}=torch"
+    elif wish == "split_k" or (wish == "cluster" and obstacle is not None):
+        reason = obstacle if wish == "cluster" else _NO_SPLIT_K
+        raise RuntimeError(f"{ENVIRONMENT_VARIABLE}={wish} cannot run here ({reason}): unset it")
+    if obstacle is None:
+        return _dispatch.KernelInfo(info.name, info.implementation, f"cluster: {_clusters_run()}")
+    return _dispatch.KernelInfo(info.name, "torch", f"absorbed weights in plain torch: {obstacle}")
+
+
+def why_no_latent_tiles(spec: LatentSpec) -> str | None:
+    """Why the sizes of a block of latent attention do not fit the tiles of its cluster kernel, or None.
+
+    Args:
+        spec: Of the block.
+    """
+    sizes = (spec.nope_dim, spec.rope_dim, spec.value_dim, spec.latent)
+    powers = all(size >= 32 and size & (size - 1) == 0 for size in sizes)
+    tiles = spec.nope_dim // spec.rope_dim + 2
+    if powers and spec.rope_dim <= spec.nope_dim and spec.value_dim <= 256 and tiles <= spec.latent // spec.rope_dim:
+        return None
+    wanted = "the cluster block takes powers of two as DeepSeek's, 128, 64, 128 and 512"
+    return f"nope, rope, value and latent sizes are {sizes}: {wanted}"
+
+
 def _wish() -> str:
     word = os.environ.get(ENVIRONMENT_VARIABLE, "auto").strip().lower() or "auto"
     known = ("auto", *get_args(Path))
@@ -136,9 +190,11 @@ def _wish() -> str:
     return word
 
 
-def _why_no_kernel(spec: BlockSpec, dtype: torch.dtype) -> str | None:
+def _why_no_kernel(spec: BlockSpec | LatentSpec, dtype: torch.dtype) -> str | None:
     if dtype is torch.float64:
         return "float64 is the reference's alone"
+    if isinstance(spec, LatentSpec):
+        return None
     if spec.head_dim > MAX_HEAD_DIM:
         return f"heads of {spec.head_dim} are above the kernels' {MAX_HEAD_DIM}"
     if spec.group > MAX_GROUP:
@@ -161,12 +217,20 @@ def _why_no_clusters(device: torch.device) -> str | None:
 
 
 def _why_no_cluster_block(spec: BlockSpec, dtype: torch.dtype, batch: int, mask: torch.dtype | None) -> str | None:
+    if spec.head_dim not in CLUSTER_HEAD_DIMS:
+        return f"the cluster block has no heads of {spec.head_dim}"
+    return _why_no_cluster_call(dtype, batch, mask)
+
+
+def _why_no_latent_cluster(spec: LatentSpec, dtype: torch.dtype, batch: int, mask: torch.dtype | None) -> str | None:
+    return why_no_latent_tiles(spec) or _why_no_cluster_call(dtype, batch, mask)
+
+
+def _why_no_cluster_call(dtype: torch.dtype, batch: int, mask: torch.dtype | None) -> str | None:
     if batch > CLUSTER_BATCH:
         return f"{batch} sequences would each read the weights anew in the cluster block"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"the cluster block takes float16 and bfloat16, not {dtype}"
-    if spec.head_dim not in CLUSTER_HEAD_DIMS:
-        return f"the cluster block has no heads of {spec.head_dim}"
     if mask not in (None, torch.bool):
         return f"the cluster block takes masks of bool, not {mask}"
     return None

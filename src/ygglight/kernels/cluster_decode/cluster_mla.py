@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ygglight.kernels.cluster_decode.choose import why_no_latent_tiles
 from ygglight.kernels.cluster_decode.cluster import BLOCKS, EMULATED_PROCESSORS, LOADS, NUM_WARPS, ROWS, SUM_BLOCK
 from ygglight.kernels.cluster_decode.cluster_kernels import sum_kernel
 from ygglight.kernels.cluster_decode.cluster_mla_kernels import latent_kernel, query_latent_kernel
@@ -32,13 +33,14 @@ def launch(
     new_rotated: Tensor,
     *,
     mask: Tensor | None = None,
+    slots: Tensor | None = None,
     blocks: int | None = None,
 ) -> Tensor:
     """Runs the block on the current stream, in two kernels, or three with a query latent.
 
     Args:
-        x: See :func:`ygglight.kernels.cluster_decode.mla.latent_block_reference`, as for all others; in float16 or
-            bfloat16. The last dimension of weights and caches is contiguous.
+        x: See :func:`ygglight.kernels.cluster_decode.latent.latent_block`, as for all others; in float16 or
+            bfloat16. The mask is of bool. The last dimension of weights and caches is contiguous.
         blocks: of a cluster, 1, 2, 4 or 8; by default as many as fit the device in one wave.
 
     Raises:
@@ -54,6 +56,7 @@ def launch(
     out = torch.empty(batch, out_size, dtype=x.dtype, device=device)
     seen = None if mask is None else mask.view(torch.uint8)
     mask_strides = (0, 0) if seen is None else (seen.stride(0) if len(seen) > 1 else 0, seen.stride(1))
+    new_strides = [(each.stride(0), 0 if slots is None else each.stride(1)) for each in (new_latents, new_rotated)]
     on_device = torch.cuda.device(device) if x.is_cuda else contextlib.nullcontext()
     with on_device:  # Triton launches on the current device, whatever its arguments
         query = None
@@ -66,11 +69,12 @@ def launch(
             )  # fmt: skip
         latent_kernel[(spec.heads * batch,)](
             x, weights.norm, query, weights.q_a_norm, weights.q, weights.kv_a, weights.kv_a_norm, weights.kv_b,
-            weights.o, weights.kv_a_bias, cos, sin, latents, rotated, lengths, seen, new_latents, new_rotated, parts,
+            weights.o, weights.kv_a_bias, cos, sin, latents, rotated, lengths, slots, seen, new_latents, new_rotated,
+            parts,
             x.stride(0), 0 if query is None else query.stride(0), weights.q.stride(0), weights.kv_a.stride(0),
             weights.kv_b.stride(0), weights.o.stride(0), cos.stride(0), sin.stride(0), *latents.stride()[:2],
-            *rotated.stride()[:2], new_latents.stride(0), new_rotated.stride(0), *mask_strides, batch, spec.heads,
-            spec.eps, spec.latent_eps, spec.scale * LOG2E,
+            *rotated.stride()[:2], *new_strides[0], *new_strides[1], *mask_strides, batch, spec.heads, spec.eps,
+            spec.latent_eps, spec.scale * LOG2E,
             **constants(spec, out_size, 0 if query is None else query.shape[1], blocks),
             num_warps=NUM_WARPS, num_ctas=blocks, enable_fp_fusion=True,
         )  # fmt: skip
@@ -93,7 +97,8 @@ def constants(spec: LatentSpec, out_size: int, query: int, blocks: int) -> dict[
     strips = 32 * 8 // spec.value_dim  # of the output's rows, in a warp
     return {
         "HIDDEN": spec.hidden, "QUERY": query, "OUT": out_size, "NOPE": spec.nope_dim, "ROPE": spec.rope_dim,
-        "VALUE": spec.value_dim, "LATENT": spec.latent, "LANES": 1, "WARPS": warps, "ROWS": ROWS,
+        "VALUE": spec.value_dim, "LATENT": spec.latent, "INTERLEAVED": spec.rotary != "halves",
+        "UNZIPPED": spec.rotary == "unzipped", "LANES": 1, "WARPS": warps, "ROWS": ROWS,
         "BLOCK_K": min(8 * 32 * (NUM_WARPS // warps) * repeats, triton.next_power_of_2(spec.hidden)),
         "BLOCK_B": min(16 * blocks, spec.nope_dim, spec.value_dim),
         "BLOCK_O": blocks * NUM_WARPS * strips * LOADS,
@@ -109,18 +114,8 @@ def check_sizes(spec: LatentSpec, blocks: int) -> None:
     Raises:
         ValueError: they do not fit.
     """
-    sizes = (spec.nope_dim, spec.rope_dim, spec.value_dim, spec.latent)
-    powers = all(size >= 32 and size & (size - 1) == 0 for size in sizes)
-    tiles = spec.nope_dim // spec.rope_dim + spec.latent // spec.rope_dim + 2
-    if (
-        not powers
-        or spec.nope_dim < spec.rope_dim
-        or tiles > 2 * (spec.latent // spec.rope_dim)
-        or spec.value_dim > 256
-    ):
-        raise ValueError(
-            f"nope, rope, value and latent sizes are {sizes}: the cluster block takes powers of two as DeepSeek's, "
-            "128, 64, 128 and 512; call latent_block_reference for others"
-        )
+    obstacle = why_no_latent_tiles(spec)
+    if obstacle is not None:
+        raise ValueError(f"{obstacle}; call latent_block_torch for others")
     if blocks not in BLOCKS:
         raise ValueError(f"blocks={blocks}: give one of {BLOCKS}")

@@ -102,13 +102,22 @@ def expand_value(attended, down_at, stride, VALUE: gl.constexpr, LATENT: gl.cons
 
 
 @gluon.jit
+def _column(element, ROPE: gl.constexpr, UNZIPPED: gl.constexpr):
+    # Where the cache has an element of a rotated key, whose pairs are side by side here.
+    if UNZIPPED:
+        element = element % 2 * (ROPE // 2) + element // 2
+    return element
+
+
+@gluon.jit
 def attend_latents(q, q_turned, new, new_turned, slot, k, turned, k_at, turned_at, mask_at, k_c, turned_c, m_c, steps,
-                   length, inner, LATENT: gl.constexpr, ROPE: gl.constexpr, layout: gl.constexpr,
-                   turned_layout: gl.constexpr):  # fmt: skip
+                   length, skipped, inner, LATENT: gl.constexpr, ROPE: gl.constexpr, UNZIPPED: gl.constexpr,
+                   layout: gl.constexpr, turned_layout: gl.constexpr):  # fmt: skip
     """As `attend`, of one query to latents [strips, rows, LATENT] and rotated keys [strips, rows, ROPE].
 
     Args:
         q: [1, LATENT]. q_turned: [1, ROPE]. new: [LATENT]. new_turned: [ROPE]. k, turned: the first tiles.
+        skipped: a slot that is about to be overwritten, or -1.
     """
     strips: gl.constexpr = slot.shape[0]
     scored: gl.constexpr = gl.SliceLayout(3, layout)
@@ -116,6 +125,7 @@ def attend_latents(q, q_turned, new, new_turned, slot, k, turned, k_at, turned_a
     summed: gl.constexpr = gl.SliceLayout(1, layout)
     dim = gl.arange(0, LATENT, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, layout))))
     turned_dim = gl.arange(0, ROPE, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, turned_layout))))
+    turned_dim = _column(turned_dim, ROPE, UNZIPPED)
 
     own = gl.sum(q * gl.convert_layout(new, gl.SliceLayout(0, q.type.layout))[None, :], 1)
     own_turned = gl.sum(q_turned * gl.convert_layout(new_turned, gl.SliceLayout(0, q_turned.type.layout))[None, :], 1)
@@ -131,7 +141,7 @@ def attend_latents(q, q_turned, new, new_turned, slot, k, turned, k_at, turned_a
         next_slot, next_turned_slot = slot + strips * slot.shape[1], turned_slot + strips * slot.shape[1]
         next_k = load_slots(k_at, next_slot, length, dim, k_c, LATENT)
         next_turned = load_slots(turned_at, next_turned_slot, length, turned_dim, turned_c, ROPE)
-        seen = slot < length
+        seen = (slot < length) & (slot != skipped)
         if mask_at is not None:
             seen = seen & (gl.load(mask_at + slot.to(gl.int64) * m_c, mask=seen, other=0) != 0)
         wide = gl.where(seen[:, :, None], k.to(gl.float32), 0.0)
@@ -160,12 +170,14 @@ def latent_kernel(
     cos_ptr, sin_ptr,
     latents_ptr, rotated_ptr,
     lengths_ptr,
+    slots_ptr,  # or None: then new_latents_ptr and new_rotated_ptr are the slot
     mask_ptr,  # uint8 [B, C], or None
     new_latents_ptr, new_rotated_ptr,
     parts_ptr,  # float32 [B, heads, OUT]
     x_b, query_b, q_r, kv_a_r, kv_b_r, o_r, cos_b, sin_b,
     latents_b, latents_c, rotated_b, rotated_c,
-    new_latents_b, new_rotated_b,
+    new_latents_b, new_latents_c,
+    new_rotated_b, new_rotated_c,
     mask_b, mask_c,
     batches, heads,
     eps, latent_eps,
@@ -177,6 +189,8 @@ def latent_kernel(
     ROPE: gl.constexpr,
     VALUE: gl.constexpr,
     LATENT: gl.constexpr,
+    INTERLEAVED: gl.constexpr,  # pairs of the rotary embedding are side by side in what is projected
+    UNZIPPED: gl.constexpr,  # and in the cache they are half a vector apart
     BLOCK_K: gl.constexpr,
     LANES: gl.constexpr,
     WARPS: gl.constexpr,
@@ -193,6 +207,10 @@ def latent_kernel(
     batch = (gl.program_id(0) % batches).to(gl.int64)
     head = gl.program_id(0) // batches
     length = gl.load(lengths_ptr + batch)
+    new_slot, skipped = 0, -1
+    if slots_ptr is not None:
+        new_slot = gl.load(slots_ptr + batch).to(gl.int64)
+        skipped = new_slot.to(gl.int32)
     whole: gl.constexpr = whole_layout(gl.num_warps(), blocks)
     place, tile = gl.arange(0, ROPE, gl.SliceLayout(1, whole)), gl.arange(0, count, gl.SliceLayout(0, whole))
     cos_at, sin_at = cos_ptr + batch * cos_b, sin_ptr + batch * sin_b
@@ -209,7 +227,7 @@ def latent_kernel(
             q_tiles, ROPE, count, BLOCK_K, LANES, WARPS,
         )  # fmt: skip
         query = gather_rows(rows, whole) * gl.rsqrt(squares / QUERY + latent_eps)
-        query = rotate(query, cos_at, sin_at, place, tile == q_tiles - 1, ROPE, True)
+        query = rotate(query, cos_at, sin_at, place, tile == q_tiles - 1, ROPE, INTERLEAVED)
         rows, squares = project(
             x_at, norm_ptr, kv_a_ptr, kv_a_ptr, kv_a_ptr, kv_a_r, kv_a_r, kv_a_r, 0.0, HIDDEN, ROPE, states + 1, 0,
             states + 1, ROPE, count, BLOCK_K, LANES, WARPS,
@@ -225,7 +243,7 @@ def latent_kernel(
     k_at, turned_at = latents_ptr + batch * latents_b, rotated_ptr + batch * rotated_b
     dim = gl.arange(0, LATENT, gl.SliceLayout(0, gl.SliceLayout(1, cached)))
     k = load_slots(k_at, slot, length, dim, latents_c, LATENT)
-    dim = gl.arange(0, ROPE, gl.SliceLayout(0, gl.SliceLayout(1, turned_cached)))
+    dim = _column(gl.arange(0, ROPE, gl.SliceLayout(0, gl.SliceLayout(1, turned_cached))), ROPE, UNZIPPED)
     turned_slot = gl.convert_layout(slot, gl.SliceLayout(2, turned_cached))
     turned = load_slots(turned_at, turned_slot, length, dim, rotated_c, ROPE)
 
@@ -236,10 +254,11 @@ def latent_kernel(
         live = (is_latent | (tile == first + states))[None, :] & (element >= 0)
         state += gl.load(kv_a_bias_ptr + element, mask=live, other=0.0).to(gl.float32)
     if QUERY == 0:
-        state = rotate(state, cos_at, sin_at, place, (tile == q_tiles - 1) | (tile == first + states), ROPE, True)
+        both = (tile == q_tiles - 1) | (tile == first + states)
+        state = rotate(state, cos_at, sin_at, place, both, ROPE, INTERLEAVED)
         query = state
     else:
-        state = rotate(state, cos_at, sin_at, place, tile == first + states, ROPE, True)
+        state = rotate(state, cos_at, sin_at, place, tile == first + states, ROPE, INTERLEAVED)
     size = gl.sum(gl.sum(gl.where(is_latent[None, :], state * state, 0.0), 1), 0) / LATENT
     weight = gl.load(kv_a_norm_ptr + element, mask=is_latent[None, :] & (element >= 0), other=0.0).to(gl.float32)
     latent = _tiles(state * gl.rsqrt(size + latent_eps) * weight, first, states).to(latents_ptr.dtype.element_ty)
@@ -247,8 +266,10 @@ def latent_kernel(
     vector: gl.constexpr = gl.SliceLayout(0, number_layout(gl.num_warps(), blocks))
     latent = gl.convert_layout(latent, vector)
     if head == 0:
-        gl.store(new_latents_ptr + batch * new_latents_b + gl.arange(0, LATENT, vector), latent)
-        gl.store(new_rotated_ptr + batch * new_rotated_b + place, new_turned)
+        new_at = new_latents_ptr + batch * new_latents_b + new_slot * new_latents_c
+        gl.store(new_at + gl.arange(0, LATENT, vector), latent)
+        new_at = new_rotated_ptr + batch * new_rotated_b + new_slot * new_rotated_c
+        gl.store(new_at + _column(place, ROPE, UNZIPPED), new_turned)
 
     narrow: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, layout))  # [1, LATENT]
     kv_b_at = kv_b_ptr + (head * (NOPE + VALUE)).to(gl.int64) * kv_b_r
@@ -262,7 +283,7 @@ def latent_kernel(
     top, total, acc = attend_latents(
         q[None, :], q_turned[None, :], latent.to(gl.float32), new_turned.to(gl.float32), slot, k, turned, k_at,
         turned_at, mask_at, latents_c, rotated_c, mask_c, gl.cdiv(length, gl.num_warps() * blocks * ROWS), length,
-        inner, LATENT, ROPE, layout, turned_layout,
+        skipped, inner, LATENT, ROPE, UNZIPPED, layout, turned_layout,
     )  # fmt: skip
 
     o_at = o_ptr + head * VALUE

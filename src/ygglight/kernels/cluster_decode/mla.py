@@ -9,10 +9,14 @@ the cache as it is, and so are outputs projected up after the weighted sum.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+Rotary = Literal["pairs", "unzipped", "halves"]
+"""How a rotary embedding takes the elements of a vector, and where it leaves them."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,9 @@ class LatentSpec:
         nope_dim: elements of a query head that are not rotated. rope_dim: those that are.
         value_dim: of a value head. latent: of the compressed keys and values.
         eps: of the norm in front. latent_eps: of the norms of latents. scale: of the scores.
+        rotary: "pairs": elements 2i and 2i + 1 are rotated together and stay where they are (DeepSeek-V2). "unzipped":
+            the same, and then first elements make the first half and second ones the second (DeepSeek-V3, as
+            transformers has it). "halves": elements i and i + rope_dim / 2 (V3 with ``rope_interleave=False``).
     """
 
     hidden: int
@@ -35,6 +42,7 @@ class LatentSpec:
     eps: float
     latent_eps: float
     scale: float
+    rotary: Rotary = "pairs"
 
 
 @dataclass(frozen=True)
@@ -88,20 +96,14 @@ def latent_block_reference(
     new_rotated: Tensor,
     *,
     mask: Tensor | None = None,
+    slots: Tensor | None = None,
 ) -> Tensor:
     """Runs one new token of each sequence through the block; arithmetic in float32 (float64 for float64).
 
-    Args:
-        x: ``[B, hidden]``, the residual stream before the norm.
-        weights: In the dtype of ``x``. spec: Sizes.
-        cos: ``[B, rope_dim / 2]`` of the new token's position, for the pairs (2i, 2i + 1). sin: the same.
-        latents: ``[B, C, latent]``, normed latents of the committed tokens. rotated: ``[B, C, rope_dim]``, their key
-            parts. lengths: int32 ``[B]``, committed tokens.
-        new_latents: ``[B, latent]``, where the new token's go. new_rotated: ``[B, rope_dim]``.
-        mask: bool ``[B or 1, C]``, True where the new token attends; it always attends to itself.
+    Slots that are not attended to may hold anything, also NaN.
 
-    Returns:
-        ``[B, output size]`` in the dtype of ``x``, before the residual is added.
+    Args:
+        x: See :func:`ygglight.kernels.cluster_decode.latent.latent_block`, as for all others.
     """
     batch, work = len(x), torch.promote_types(x.dtype, torch.float32)
     cos, sin = cos.to(work)[:, None], sin.to(work)[:, None]
@@ -117,12 +119,10 @@ def latent_block_reference(
     query_nope, query_rope = query.split([spec.nope_dim, spec.rope_dim], dim=-1)
     latent, key_rope = project(normed, weights.kv_a, weights.kv_a_bias).split([spec.latent, spec.rope_dim], dim=-1)
     latent = _rms_norm(latent, weights.kv_a_norm, spec.latent_eps).to(x.dtype)
-    key_rope = _rotate(key_rope[:, None], cos, sin)[:, 0].to(x.dtype)
-    query_rope = _rotate(query_rope, cos, sin)
+    key_rope = turn(key_rope[:, None], cos, sin, spec.rotary)[:, 0].to(x.dtype)
+    query_rope = turn(query_rope, cos, sin, spec.rotary)
 
-    seen = torch.arange(latents.shape[1], device=x.device) < lengths[:, None]
-    if mask is not None:
-        seen = seen & mask
+    seen = attended_slots(latents.shape[1], lengths, mask, slots)
     # A weight of zero does not hide a NaN in memory that nobody has written yet.
     all_latents, all_rotated = (
         torch.cat((cached.masked_fill(~seen[..., None], 0.0), new[:, None]), dim=1).to(work)
@@ -131,10 +131,11 @@ def latent_block_reference(
     up, down = (half.to(work) for half in absorb(weights.kv_b, spec))
     absorbed = torch.einsum("bhn,hnl->bhl", query_nope, up)
     scores = (absorbed @ all_latents.mT + query_rope @ all_rotated.mT) * spec.scale
+    if mask is not None and mask.dtype is not torch.bool:
+        scores = scores + F.pad(mask.to(work), (0, 1))[:, None]
     scores = scores.masked_fill(~F.pad(seen, (0, 1), value=True)[:, None], -torch.inf)
     attended = torch.einsum("bhl,hvl->bhv", torch.softmax(scores, dim=-1) @ all_latents, down)
-    new_latents.copy_(latent)
-    new_rotated.copy_(key_rope)
+    append(latent, key_rope, new_latents, new_rotated, slots)
     return project(attended.flatten(1).to(x.dtype).to(work), weights.o, weights.o_bias).to(x.dtype)
 
 
@@ -142,6 +143,49 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+def turn(x: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary) -> Tensor:
+    """The rotary embedding of the last dimension.
+
+    Args:
+        x: ``[..., rope_dim]``. cos: ``[..., rope_dim / 2]``, of each pair; any shape that broadcasts. sin: the same.
+        rotary: See :class:`LatentSpec`.
+    """
+    if rotary == "halves":
+        first, second = x.chunk(2, dim=-1)
+    else:
+        first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    pair = (first * cos - second * sin, second * cos + first * sin)
+    return torch.stack(pair, dim=-1).flatten(-2) if rotary == "pairs" else torch.cat(pair, dim=-1)
+
+
+def attended_slots(count: int, lengths: Tensor, mask: Tensor | None, slots: Tensor | None) -> Tensor:
+    """Which of ``count`` cached slots the new tokens attend to, bool ``[B, count]``; a floating mask hides nothing.
+
+    Args:
+        count: See :func:`ygglight.kernels.cluster_decode.latent.latent_block`, as for all others.
+    """
+    slot = torch.arange(count, device=lengths.device)
+    seen = slot < lengths[:, None]
+    if mask is not None and mask.dtype is torch.bool:
+        seen = seen & mask
+    if slots is not None:
+        seen = seen & (slot != slots[:, None])
+    return seen
+
+
+def append(
+    latent: Tensor, key_rope: Tensor, new_latents: Tensor, new_rotated: Tensor, slots: Tensor | None
+) -> None:  # fmt: skip
+    """Writes the new tokens' part of the cache.
+
+    Args:
+        latent: ``[B, latent]``. key_rope: ``[B, rope_dim]``. new_latents: where it goes, or with ``slots`` the whole
+            cache. new_rotated: the same. slots: int32 or int64 ``[B]``, or None.
+    """
+    if slots is None:
+        new_latents.copy_(latent)
+        new_rotated.copy_(key_rope)
+        return
+    rows, slots = torch.arange(len(latent), device=latent.device), slots.long()
+    new_latents[rows, slots] = latent
+    new_rotated[rows, slots] = key_rope
