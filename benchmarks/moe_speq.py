@@ -366,7 +366,7 @@ class Ours(Plain):
             "drafted": " ".join(f"{k}x{n}" for k, n in sorted(report.drafting.items())),
             "accepted": report.accepted / report.drafted if report.drafted else None,
             "link_GB_per_s": (report.bandwidth or 0.0) / 1e9, "peak_bytes": sum(report.memory.values()),
-            "slots": self.engine.split.slots,
+            "slots": self.engine.runtime.slots,
         }  # fmt: skip
         if report.experts["prefetched"]:
             wasted = report.experts["unused"] + report.experts["evicted"]

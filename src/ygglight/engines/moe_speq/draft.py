@@ -139,6 +139,21 @@ class DraftExperts:
                 layers.append(layer)
             return cls(layers, reader.fingerprint, **reader.counts)
 
+    @staticmethod
+    def check(path: str | Path, sites: Sequence[Site], store: ExpertStore | None = None) -> None:
+        """Read a whole file and keep nothing.
+
+        Args:
+            path: See :meth:`load`. sites: See :meth:`load`. store: See :meth:`load`.
+
+        Raises:
+            FileNotFoundError: see :meth:`load`. ValueError: see :meth:`load`.
+        """
+        for site in sites:
+            _shapes(site)
+        with draft_file.Reader(Path(path), draft_file.fingerprint(sites, store), sites[0].layout.dtype) as reader:
+            reader.check_all()
+
     def forward(self, site: Site, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """What the site's experts give, roughly; nothing is read from the device.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -21,11 +22,13 @@ from ygglight.engines.moe_speq.attach import Attachment
 from ygglight.engines.moe_speq.budget import Split, split_budget
 from ygglight.engines.moe_speq.calibration import measure_machine
 from ygglight.engines.moe_speq.config import Config
-from ygglight.engines.moe_speq.governor import Cycle, Governor, candidates
+from ygglight.engines.moe_speq.estimates import HOPE, Outlook
+from ygglight.engines.moe_speq.governor import SEEN, Cycle, Governor
 from ygglight.engines.moe_speq.layout import find_sites
 from ygglight.engines.moe_speq.link import open_link
 from ygglight.engines.moe_speq.lookahead import steps_until_sent
 from ygglight.engines.moe_speq.loop import Loop, Round
+from ygglight.engines.moe_speq.machine import candidates, widths
 from ygglight.engines.moe_speq.report import Report
 from ygglight.engines.moe_speq.runtime import Runtime
 from ygglight.engines.moe_speq.stores import DiskStore, ExpertStore, store_for
@@ -42,12 +45,14 @@ class Engine:
     """Runs one model with its routed experts elsewhere.
 
     From :meth:`attach` to :meth:`detach` every forward of the model brings its experts as it needs them, whoever calls
-    it; :meth:`generate` speculates besides.
+    it; :meth:`generate` speculates besides. With a fixed k there is a draft from the beginning. With ``k="auto"`` all
+    memory is slots at first, and a draft takes the place of some while that promises to be faster.
 
     Args:
         model: A transformers model of a mixture of experts. config: What the user said.
         store: Where the experts are; None: they are moved off the model, by ``config``, and given back by detach.
-        draft: What drafts (see :class:`draft.DraftExperts`); None: made from the experts, if there is room for it.
+        draft: What drafts (see :class:`draft.DraftExperts`); None: made from the experts when it is needed, if there is
+            room for it. One that is given is kept for later while it does not draft, and its memory is the caller's.
 
     Raises:
         ValueError: the model cannot be run so, or the budget is too small; the text says how much is needed.
@@ -58,7 +63,9 @@ class Engine:
         self.sites = find_sites(model)
         self._home: torch.device = model.device
         self.device = torch.device(config.device) if config.device is not None else self._home
-        self.store, self.draft = store, draft
+        self.store = store
+        self.draft: Any = None
+        self._given = draft
         self._owns_store = store is None
         if store is not None and store.layout != self.sites[0].layout:
             raise ValueError(
@@ -73,22 +80,26 @@ class Engine:
         self._report = Report()
         self._share = 1.0  # of what could be sent ahead
         self._draft_token = 0.0  # seconds a drafted token; 0: not known yet
-        self._seen: dict[str, int] = {}
+        self._seen: dict[str, float] = {}
         self._told: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
 
     def _split(self) -> Split:
         layout = self.sites[0].layout
         wanted = 0
-        if self.config.most and self.draft is not None:
-            wanted = self.draft.nbytes
+        if self.config.most and self._given is not None:
+            wanted = self._given.nbytes
         elif self.config.most:
             from ygglight.engines.moe_speq.draft import draft_bytes
 
             wanted = draft_bytes(self.sites, self.device)
         return split_budget(
             self.config.budget, layers=len(self.sites), experts=max(s.experts for s in self.sites),
-            slab=layout.nbytes, staging=self.config.staging, draft=wanted, insists=self.config.k != "auto",
+            slab=layout.nbytes, staging=self.config.staging, draft=wanted, insists=not self._adapts,
         )  # fmt: skip
+
+    @property
+    def _adapts(self) -> bool:
+        return bool(self.config.k == "auto")
 
     # -- the model's experts -----------------------------------------------------------------------------------------
     def attach(self) -> Engine:
@@ -102,21 +113,16 @@ class Engine:
                 drop_cache=config.drop_cache,
             )  # fmt: skip
         try:
-            if not split.draft:
-                self.draft = None
-            elif self.draft is None:
-                from ygglight.engines.moe_speq.draft import DraftExperts
-
-                log.info("moe_speq: making the draft, %s", format_bytes(split.draft))
-                self.draft = (
-                    DraftExperts.build(self.sites, self.store, device=self.device)
-                    if config.draft is None
-                    else DraftExperts.load(config.draft, self.sites, self.store, device=self.device)
-                )
+            slots = split.slots
+            if split.draft and not self._adapts:
+                self.draft = self._make_draft()
+            elif split.draft:
+                slots = split.more_slots
+                self._check_draft()
             link = open_link(self.store, self.device, **dict(config.link or {}))
             self.runtime = Runtime(
-                self.sites, self.store, slots=split.slots, staging=split.staging, link=link, draft=self.draft,
-                device=self.device,
+                self.sites, self.store, slots=slots, staging=split.staging, link=link, draft=self.draft,
+                device=self.device, widths=widths(config.most),
             )  # fmt: skip
             self._attachment.attach(self.model, self.runtime)
             if self.device != self._home:
@@ -130,6 +136,24 @@ class Engine:
             size = format_bytes(self.store.bytes_total)
             self._report.notes.append(f"{self.store.path} ({size}) stays for the next run; delete it if none comes")
         return self
+
+    def _make_draft(self) -> Any:
+        from ygglight.engines.moe_speq.draft import DraftExperts
+
+        assert self.store is not None
+        if self._given is not None:
+            return self._given
+        if self.config.draft is not None:
+            return DraftExperts.load(self.config.draft, self.sites, self.store, device=self.device)
+        log.info("moe_speq: making the draft, %s", format_bytes(self.split.draft))
+        return DraftExperts.build(self.sites, self.store, device=self.device)
+
+    def _check_draft(self) -> None:
+        """A file that is wrong is told now, and not when it is needed first."""
+        from ygglight.engines.moe_speq.draft import DraftExperts
+
+        if self._given is None and self.config.draft is not None:
+            DraftExperts.check(self.config.draft, self.sites, self.store)
 
     @contextmanager
     def unnoticed(self) -> Iterator[None]:
@@ -211,17 +235,15 @@ class Engine:
             self.decoder = Decoder(self.model, -(-capacity // CONTEXT_GRAIN) * CONTEXT_GRAIN)
 
     # -- decisions ---------------------------------------------------------------------------------------------------
-    @property
-    def _most(self) -> int:
-        return 0 if self.draft is None else self.config.most
-
     def _choose(self, most: int) -> int:
         """Tokens to draft in the coming cycle."""
-        return min(most, self._most) if self.governor is None else self.governor.choose(most)
+        if self.governor is not None:
+            return self.governor.choose(most)
+        return 0 if self.draft is None else min(most, self.config.most)
 
     def _measure(self) -> None:
         """Meet this machine, once an engine."""
-        if self.config.k != "auto" or not self._most or self.governor is not None:
+        if not self._adapts or not self.split.draft or self.governor is not None:
             return
         config, runtime = self.config, self.runtime
         assert self.decoder is not None and runtime is not None and self.store is not None
@@ -229,12 +251,13 @@ class Engine:
         hideable = 0.0
         if config.prefetch:
             hideable = math.inf if config.prefetch_cap is None else parse_bytes(config.prefetch_cap) / self.split.slab
-        key = {"experts": self.store.kind, "link": dict(config.link or {})}
+        key = {"experts": self.store.kind, "link": dict(config.link or {}), "slots": runtime.slots}
         machine = measure_machine(
-            self.decoder, runtime, self._most, hideable=hideable, seconds=config.profile_seconds, key=key
+            self.decoder, runtime, config.most, hideable=hideable, seconds=config.profile_seconds, key=key
         )
         self._seen, self._told = {}, (Counter(), Counter())
-        self.governor = Governor(machine, candidates(self._most), config.max_cycle_seconds or math.inf)
+        self._draft_token = machine.draft_token
+        self.governor = Governor(machine, candidates(config.most), config.max_cycle_seconds or math.inf)
 
     def _cap(self) -> int:
         """Bytes that may be sent ahead in a cycle."""
@@ -268,27 +291,70 @@ class Engine:
         if new["prefetched"]:
             wasted = (new["unused"] + new["evicted"] + new["displaced"]) / new["prefetched"]
             self._share = min(1.0, max(0.05, self._share * (0.8 if wasted > WASTE else 1.1)))
-        if self.governor is None:
+        governor = self.governor
+        if governor is None:
             return
         foreseen = max(0, new["missing"] - new["misses"])
-        self.governor.machine = self.governor.machine.at(runtime.link.speed.seconds(self.split.slab))
-        self.governor.observe(Cycle(cycle.k, cycle.accepted, new["requests"], new["missing"], foreseen, cycle.seconds))
-        more = runtime.stats.miss_rate(self.split.more_slots)
-        if self.draft is not None and self.governor.gives_up(more):
-            self._drop_draft()
-
-    def _drop_draft(self) -> None:
-        """Plain decoding has won: the draft's memory becomes slots."""
-        assert self.runtime is not None and self.governor is not None
-        slots = self.split.more_slots
-        self._report.notes.append(
-            f"k=0: {slots} slots a layer were predicted to be faster than {self.split.slots} and a draft of "
-            f"{format_bytes(self.split.draft)}, so the draft was dropped"
+        governor.machine = governor.machine.at(runtime.link.speed.seconds(self.split.slab), self._draft_token)
+        governor.observe(
+            Cycle(cycle.k, cycle.accepted, new["requests"], new["missing"], foreseen, cycle.seconds),
+            self._outlook() if governor.due else None,
         )
+        if governor.wants_draft():
+            self._take_draft(governor)
+        elif governor.gives_up():
+            self._drop_draft(governor)
+
+    def _outlook(self) -> Outlook:
+        assert self.runtime is not None and self.governor is not None
+        text, split, top_k = self.runtime.stats.text, self.split, self.governor.machine.top_k
+        return Outlook(
+            {n: text.unique(n, top_k) for n in text.widths},
+            {n: text.missing(n, split.slots, top_k) for n in text.widths},
+            text.missing(1, split.more_slots, top_k),
+        )
+
+    # -- the draft comes and goes ------------------------------------------------------------------------------------
+    def _take_draft(self, governor: Governor) -> None:
+        """Speculation promises to be faster: slots make room for the draft."""
+        assert self.runtime is not None and self.decoder is not None
+        started, split, notes = time.perf_counter(), self.split, self._report.notes
+        self._resize(split.slots)
+        try:
+            self.draft = self.runtime.draft = self._make_draft()
+        except BaseException as error:
+            self._resize(split.more_slots)
+            if not isinstance(error, (OSError, ValueError, torch.OutOfMemoryError)):
+                raise
+            governor.never()
+            notes.append(f"k=0 from here on: the draft could not be made ({str(error).partition(chr(10))[0]})")
+            log.warning("moe_speq: %s", notes[-1])
+            return
+        self.decoder.forget_graphs()  # of an earlier draft
+        governor.begin(time.perf_counter() - started)
+        self._note(
+            f"k={governor.k}: {split.slots} slots a layer and a draft of {format_bytes(split.draft)} were predicted to "
+            f"be faster than {split.more_slots} slots"
+        )
+
+    def _drop_draft(self, governor: Governor) -> None:
+        """Plain decoding has won: the draft's memory becomes slots."""
         self.draft = None
+        self._resize(self.split.more_slots)
+        governor.end()
+        self._note(
+            f"k=0: {self.split.more_slots} slots a layer were predicted to be faster than {self.split.slots} and a "
+            f"draft of {format_bytes(self.split.draft)}, so the draft was dropped"
+        )
+
+    def _note(self, text: str) -> None:
+        if text not in self._report.notes:  # it may come and go more than once
+            self._report.notes.append(text)
+
+    def _resize(self, slots: int) -> None:
+        assert self.runtime is not None
         self.runtime.resize(slots, None)
-        self.governor.without_draft()
-        self.split = Split(slots, self.split.slab, self.split.layers, self.split.staging)
+        self._seen["missing"] = self.runtime.stats.passes.misses(slots)
 
     # -- what was done -----------------------------------------------------------------------------------------------
     def take_report(self) -> Report:
@@ -299,15 +365,17 @@ class Engine:
             return report
         split, speed = self.split, self.runtime.link.speed
         report.memory = {
-            "slots": split.slots * split.layers * split.slab, "staging": split.staging * split.slab,
-            "draft": split.draft,
+            "slots": self.runtime.slots * split.layers * split.slab, "staging": split.staging * split.slab,
+            "draft": 0 if self.draft is None else split.draft,
         }  # fmt: skip
         if speed.copies:
             report.bandwidth, report.copy_seconds = speed.bandwidth, speed.tau
         if self.governor is not None:
             report.errors, self.governor.errors = self.governor.errors, []
-            if report.cycles and not self.governor.k and self.draft is not None:
-                report.notes.append("k=0 is measured to be the fastest here: drafting does not pay for itself")
+            if report.cycles >= SEEN and not report.drafted and not report.notes:
+                report.notes.append(
+                    f"k=0: even {HOPE:.0%} of a draft accepted promised less than its memory as slots, so none was made"
+                )
         return report
 
     def _count(self) -> None:

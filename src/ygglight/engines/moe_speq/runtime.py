@@ -39,6 +39,7 @@ class Runtime:
         link: Brings the experts, and is closed with the runtime; None: one that fits the device, as fast as it goes.
         draft: What drafts; None: nothing does.
         device: Of the slots, and of the model.
+        widths: See :class:`~ygglight.engines.moe_speq.stats.Stats`.
 
     Raises:
         ValueError: no sites, or fewer than one slot or staging slab.
@@ -54,6 +55,7 @@ class Runtime:
         link: Link | None = None,
         draft: DraftExperts | None = None,
         device: torch.device | str = "cpu",
+        widths: Sequence[int] = (1,),
     ) -> None:
         if not sites:
             raise ValueError("the model has no sparse layers: use it without MoE-SpeQ")
@@ -61,7 +63,7 @@ class Runtime:
         experts = max(site.experts for site in sites)
         self._bank = SlotBank([site.layout for site in sites], slots, staging, self.device)
         self._link = link = link or open_link(store, self.device)
-        self.stats = Stats(len(sites), experts, link.traffic)
+        self.stats = Stats(len(sites), experts, link.traffic, widths)
         self._layers = [SparseLayer(i, site, self._bank, link, self.stats) for i, site in enumerate(sites)]
         self._lookahead = Lookahead(len(sites), experts, self.device)
         self._mode = _Mode.TARGET

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from ygglight.engines.moe_speq.link import Cause, Traffic
-from ygglight.engines.moe_speq.reuse import ReuseDistances
+from ygglight.engines.moe_speq.reuse import ReuseDistances, WindowReuse
 
 
 class Stats:
@@ -19,10 +19,11 @@ class Stats:
 
     Args:
         layers: Sparse layers. experts: Most experts of a layer. traffic: Of the link, which counts bytes.
+        widths: Tokens of passes that the text is taken in, to say what they would ask for; 1 is one of them.
     """
 
-    def __init__(self, layers: int, experts: int, traffic: Traffic) -> None:
-        self._sizes = layers, experts
+    def __init__(self, layers: int, experts: int, traffic: Traffic, widths: Sequence[int] = (1,)) -> None:
+        self._sizes, self.widths = (layers, experts), widths
         self.traffic = traffic
         self.reset()
 
@@ -44,8 +45,8 @@ class Stats:
         self._drawn = [0] * layers  # by drafts
         self.passes = ReuseDistances(layers, experts)
         """Reuse from pass to pass: predicts the misses of these same passes without prefetching, for any slots."""
-        self.tokens = ReuseDistances(layers, experts)
-        """Reuse from token to token of the text: predicts plain decoding, if the loop says what it kept."""
+        self.text = WindowReuse(layers, experts, self.widths)
+        """Reuse along the text: predicts passes of other widths, if the loop says what it kept."""
 
     def demand(self, layer: int, ranked: Sequence[int], late: int, misses: int) -> None:
         """A pass wants experts of a layer.
@@ -66,7 +67,7 @@ class Stats:
             layer: See :meth:`demand`. ranked: See :meth:`demand`.
         """
         self.passes.warm(layer, ranked)
-        self.tokens.warm(layer, ranked)
+        self.text.warm(layer, ranked)
 
     def compare(self, layer: int, drawn: Collection[int], wanted: Collection[int]) -> None:
         """How well a draft foresaw the pass after it.
@@ -85,16 +86,7 @@ class Stats:
             layer: Which. routes: Experts of their rows, one row after the other. top_k: Experts a row.
         """
         for start in range(0, len(routes), top_k):
-            self.tokens.observe(layer, tuple(dict.fromkeys(routes[start : start + top_k])))
-
-    def miss_rate(self, slots: int, layer: int | None = None) -> float:
-        """Share of requests that a plain LRU cache of another size would miss, decoding token by token.
-
-        Args:
-            slots: A layer. layer: One, or None: all.
-        """
-        source = self.tokens if self.tokens.requests() else self.passes
-        return source.miss_rate(slots, layer)
+            self.text.observe(layer, tuple(dict.fromkeys(routes[start : start + top_k])))
 
     @property
     def recall(self) -> list[float]:
