@@ -26,6 +26,12 @@ SHAPE: dict[str, Any] = {
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {}, "qwen2": {}, "qwen3": {"head_dim": 16}, "mistral": {"sliding_window": 12}, "gemma": {"head_dim": 16},
 }  # fmt: skip
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4, "q_lora_rank": 20, "kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8,
+    "v_head_dim": 10, "n_routed_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1,
+}  # fmt: skip
+MODELS |= {"deepseek_v2": LATENT, "deepseek_v3": LATENT}
 MIXTRAL = {"num_local_experts": 8, "num_experts_per_tok": 2}
 
 pytestmark = pytest.mark.usefixtures("own_cache", "one_thread")
@@ -126,14 +132,15 @@ def test_with_a_tree(told: list[str]) -> None:
     assert not module.replaced
 
 
-def test_with_experts_elsewhere() -> None:
-    module = Writes(make("mixtral", intermediate_size=32, **MIXTRAL))
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v2"])
+def test_with_experts_elsewhere(kind: str) -> None:
+    module = Writes(make(kind, **(MIXTRAL | {"intermediate_size": 32} if kind == "mixtral" else {})))
     expected = predict(module)
     slots, slab, staging, draft = 3 * 2, 3 * 32 * 32 * 4, 2, 60_000
     strategy = MoESpeQStrategy((slots + staging) * slab + draft, k=1)
     callback = ClusterFusion(enabled=True)
     assert torch.equal(predict(module, callback, strategy), expected)
-    assert callback.reports[0].calls > 0
+    assert callback.reports[0].calls > 0 and callback.reports[0].layers == (None,) * LAYERS
     assert not module.replaced
 
 
@@ -165,6 +172,24 @@ def test_on_a_cpu_auto_is_off_and_says_so(told: list[str]) -> None:
     assert torch.equal(predict(module, callback), expected)
     assert not any(module.inside)
     assert told == ["ClusterFusion:\n  lm: steps as they were: tensors on 'cpu', not on CUDA"]
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_on_a_cpu_auto_measures_latent_attention(
+    faster: bool, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    module, callback = Writes(make("deepseek_v2")), ClusterFusion(context=20)
+    expected = predict(module)
+    monkeypatch.setattr(
+        fusion,
+        "timed",
+        lambda run, width, device: (run(width), 1e-3 if module.replaced == faster else 2e-3)[1],
+    )
+    module.inside.clear()
+    assert torch.equal(predict(module, callback), expected)
+    assert module.inside == [faster] * PROMPTS and not module.replaced
+    way, words = ("torch", "measured faster: torch") if faster else ("plain", "measured no faster: torch")
+    assert callback.reports[0].way == way and words in told[0]
 
 
 def test_disabled(told: list[str]) -> None:
