@@ -7,6 +7,9 @@ flash attention, the best that torch gives. A fused variant is timed only if its
 times that of plain bfloat16. ``roofline`` is the time in which a copy moves the bytes of weights and cache, over the
 time.
 
+Layers of latent attention (`clusterfusion_latent.py`): a step of a transformers model that has one, by its own code,
+which expands the whole text, and with absorbed weights; on a CPU.
+
 Models: seconds a token of greedy decoding by the decode engine, plain, fused and by measured choice.
 """
 
@@ -20,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import clusterfusion_latent as latent
 from benchmarks.clusterfusion_blocks import SHAPES, Layer, dense_step, latent_step, make_layer
 from benchmarks.harness import (
     BadInput,
@@ -49,8 +53,8 @@ LOGITS = 0.05
 """Difference of logits, of their rms: two ways of rounding in every layer."""
 FUSED = ("split_k", "cluster-1", "cluster-2", "cluster-4", "cluster-8")
 DEFAULTS = {
-    ("cpu", True): ("tiny", "tiny-latent", "tiny-model"),
-    ("cpu", False): ("llama3-8b", "smollm2"),
+    ("cpu", True): ("tiny", "tiny-latent", "tiny-latent-layer", "tiny-model"),
+    ("cpu", False): ("llama3-8b", "deepseek-v2-lite-layer", "smollm2"),
     ("cuda", True): ("llama3-8b", "deepseek-v2-lite", "smollm2"),
     ("cuda", False): ("llama2-7b", "llama3-8b", "deepseek-v2-lite", "smollm2"),
 }
@@ -63,14 +67,22 @@ def run(options: Options) -> list[Report]:
     Args:
         options: from the command line; ``size`` is a shape or a model.
     """
-    if options.size and options.size not in (*SHAPES, *MODELS):
-        raise BadInput(f"size {options.size!r}: there are {', '.join((*SHAPES, *MODELS))}")
+    known = (*SHAPES, *latent.LAYERS, *MODELS)
+    if options.size and options.size not in known:
+        raise BadInput(f"size {options.size!r}: there are {', '.join(known)}")
+    if options.size in latent.LAYERS and options.device != "cpu":
+        raise BadInput(f"size {options.size!r} is for a CPU: on a GPU take the blocks, which run inside a graph")
     names = (options.size,) if options.size else DEFAULTS[options.device, options.quick]
     contexts = (64,) if options.device == "cpu" and options.quick else CONTEXTS[:1] if options.quick else CONTEXTS
     reports = []
     for name in names:
         if name in MODELS:
             reports.append(_model(name, options))
+        elif name in latent.LAYERS:
+            lengths = (64,) if options.quick else latent.CONTEXTS
+            reports += [
+                latent.run(name, length, dtype, options, COLUMNS) for length in lengths for dtype in latent.DTYPES
+            ]
         else:
             batches = BATCHES[:1] if options.quick else BATCHES
             reports += [_blocks(name, batch, context, options) for batch in batches for context in contexts]

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ygglight.kernels.cluster_decode import BlockSpec, BlockWeights, decode_block, decode_block_reference
+from ygglight.kernels.cluster_decode import (
+    BlockSpec,
+    BlockWeights,
+    decode_block,
+    decode_block_reference,
+    latent_block,
+)
 from ygglight.kernels.cluster_decode.mla import LatentSpec, LatentWeights, absorb, latent_block_reference
 from ygglight.kernels.cluster_decode.testing import make_spec
 
@@ -189,7 +195,7 @@ class LatentLayer(Layer):
         """See :class:`Layer`."""
         old, new = self._parts(self.cache), self._parts(self.cache[:, self.length])
         if name == "torch":
-            block: Callable[..., Tensor] = latent_block_reference
+            block: Callable[..., Tensor] = partial(latent_block, blocks=0)
         else:
             from ygglight.kernels.cluster_decode import cluster_mla
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 
 from benchmarks import clusterfusion
+from benchmarks import clusterfusion_latent as latent
 from benchmarks.clusterfusion_blocks import SHAPES, dense_step, latent_step, make_layer
 from benchmarks.harness import BadInput, Incorrect, Options
+from ygglight.engines.decode.fused import FusedAttention
+from ygglight.kernels.cluster_decode import decode_block
 from ygglight.kernels.testing import rms_ratio
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -15,7 +21,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_a_quick_run() -> None:
     reports = clusterfusion.run(Options(quick=True, repeats=1))
-    assert [report.case.partition(",")[0] for report in reports] == ["tiny", "tiny-latent", "tiny-model"]
+    names = ["tiny", "tiny-latent", "tiny-latent-layer", "tiny-latent-layer", "tiny-model"]
+    assert [report.case.partition(",")[0] for report in reports] == names
     for report in reports[:2]:
         status = {result.name: result.status for result in report.results}
         assert {name for name, told in status.items() if told == "ok"} == {"copy", "eager", "torch"}
@@ -23,10 +30,30 @@ def test_a_quick_run() -> None:
         ours = report.get("torch")
         assert ours is not None and ours.metrics["us_per_layer"] > 0
         assert 0 < ours.metrics["error"] <= 1.5 * ours.metrics["unfused_error"] < 0.05
-    status = {result.name: (result.status, result.metrics.get("way")) for result in reports[2].results}
+    for report in reports[2:4]:
+        assert {result.name: result.status for result in report.results} == dict.fromkeys(
+            ("transformers", "transformers-eager", "torch"), "ok"
+        )
+        ours = report.get("torch")
+        assert ours is not None and 0 < ours.metrics["error"] < (1e-5 if "float32" in report.case else 0.05)
+        assert report.goals[0].met is not None
+    status = {result.name: (result.status, result.metrics.get("way")) for result in reports[4].results}
     assert status["plain"] == ("ok", "plain") and status["fused"] == ("ok", "torch") and status["auto"][0] == "ok"
-    fused = reports[2].get("fused")
+    fused = reports[4].get("fused")
     assert fused is not None and 0 < fused.metrics["logits_off"] < 1e-4 and fused.metrics["tpot_ms"] > 0
+
+
+def test_a_wrong_block_in_a_model_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets past no proof, and then the step is the model's own, which is no fused one."""
+
+    def off(*args: Any, **named: Any) -> Any:
+        return decode_block(*args, **named) * 1.5
+
+    monkeypatch.setattr(latent, "FusedAttention", partial(FusedAttention, block=off))
+    report = latent.run("tiny-latent-layer", 20, torch.float32, Options(quick=True, repeats=1), ())
+    ours = report.get("torch")
+    assert ours is not None and ours.status.startswith("incorrect: it did not run: the block gives other results")
+    assert report.goals[0].met is None
 
 
 def test_an_unknown_size() -> None:

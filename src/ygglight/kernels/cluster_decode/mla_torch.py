@@ -1,7 +1,7 @@
 """The decode block of multi-head latent attention in plain torch, made to be fast: what runs where no cluster can.
 
 As `latent_block_reference`, but products are in the dtype of the weights (which add up in float32 inside and round
-once), and neither weights nor cache are copied or widened. Norms, rotary embedding and softmax are in float32. A model
+once), and weights are neither copied nor widened. Norms, rotary embedding, scores and softmax are in float32. A model
 expands every latent of the text to keys and values of all heads at each step: ``heads * (nope_dim + value_dim) *
 latent`` multiplications a token of text. Here it is ``2 * heads * latent``, and a small product with each half of
 ``kv_b`` a step.
@@ -14,6 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ygglight.kernels.cluster_decode.mla import LatentSpec, LatentWeights, absorb, append, attended_slots, turn
+
+_PIECE = 512
+"""Tokens whose latents are widened at once: 1 MiB in DeepSeek's sizes."""
 
 
 def latent_block_torch(
@@ -53,7 +56,7 @@ def latent_block_torch(
     up, down = absorb(weights.kv_b, spec)
     absorbed = torch.bmm(query_nope.transpose(0, 1), up).transpose(0, 1)  # [B, heads, latent]
     # `bmm` and not `@`: of a batch of one `@` takes a path that is 15 times slower in bfloat16 (torch 2.13, Zen 5).
-    scores = torch.bmm(absorbed, latents.mT).to(work) + torch.bmm(query_rope, rotated.mT).to(work)
+    scores = _products(absorbed, latents, work) + _products(query_rope, rotated, work)
     own = (absorbed.to(work) * latent[:, None].to(work)).sum(-1) + (query_rope.to(work) * key_rope[:, None]).sum(-1)
     scores = torch.cat((scores, own[..., None]), dim=-1) * spec.scale
     if mask is not None and mask.dtype is not torch.bool:
@@ -65,6 +68,20 @@ def latent_block_torch(
     values = torch.bmm(down, attended.to(x.dtype).permute(1, 2, 0)).permute(2, 0, 1)  # [B, heads, value_dim]
     append(latent, key_rope, new_latents, new_rotated, slots)
     return F.linear(values.reshape(batch, -1), weights.o, weights.o_bias)
+
+
+def _products(query: Tensor, states: Tensor, work: torch.dtype) -> Tensor:
+    """``query [B, heads, D]`` times ``states [B, C, D]``: ``[B, heads, C]`` in the dtype of arithmetic.
+
+    Scores that are rounded to 16 bits triple the error of what is attended to (1K tokens, bfloat16).
+    """
+    if query.dtype is work:
+        return torch.bmm(query, states.mT)
+    if query.is_cuda and torch.version.hip is None:
+        return torch.bmm(query, states.mT, out_dtype=work)
+    # No such product on a CPU (torch 2.13): the cache is widened in pieces that stay in the processor's cache.
+    wide = query.to(work)
+    return torch.cat([torch.bmm(wide, part.to(work).mT) for part in states.split(_PIECE, dim=1)], dim=-1)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
