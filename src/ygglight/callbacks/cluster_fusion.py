@@ -22,7 +22,8 @@ class ClusterFusion(Callback):
 
     Args:
         enabled: ``auto`` measures plain and fused steps once a model and machine, and takes what is faster; on a CPU it
-            is off. ``true`` runs fused without asking, on a CPU by plain torch (for tests). ``false``: nothing.
+            is off, except for latent attention (DeepSeek). ``true`` runs fused without asking, on a CPU by plain torch.
+            ``false``: nothing.
         cluster_size: Blocks of a thread-block cluster, where there are clusters: 1, 2, 4 or 8; ``auto``: the fastest.
         context: Tokens of text at which steps are measured.
 

@@ -116,10 +116,10 @@ def list_kernels() -> list[KernelInfo]:
     for name in sorted(_has_kernel):
         try:
             info = implementation(name, "cuda" if has_device else "cpu")
+            if info.implementation == "reference" and not has_device and _override() == "auto":
+                info = KernelInfo(name, "reference", "no CUDA device")
             info = _describe[name](info) if name in _describe else info
         except (RuntimeError, ValueError) as error:
             info = KernelInfo(name, "unavailable", str(error))
-        if info.implementation == "reference" and not has_device and _override() == "auto":
-            info = KernelInfo(name, "reference", "no CUDA device")
         kinds.append(info)
     return kinds
