@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from ygglight.callbacks import ClusterFusion
 from ygglight.engines.decode import Decoder
 from ygglight.engines.decode.fused import FusedAttention
+from ygglight.engines.decode.fusion import ways_of
 from ygglight.kernels.cluster_decode import block_ways
 from ygglight.kernels.testing import rms_ratio
 
@@ -21,8 +22,13 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_cache")]
 REPLAYS = 1000
 CUBLAS = 0.02
 """Other products may be chosen for the MLP inside a graph; a token in a wrong slot is off by far more."""
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 8, "q_lora_rank": 384, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+    "v_head_dim": 128, "first_k_dense_replace": 3,
+}  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
-    "llama": {}, "qwen2": {}, "qwen3": {"head_dim": 128}, "mistral": {"sliding_window": 300},
+    "llama": {}, "qwen2": {}, "qwen3": {"head_dim": 128}, "mistral": {"sliding_window": 300}, "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT,
 }  # fmt: skip
 
 
@@ -32,8 +38,8 @@ def make(kind: str = "llama") -> Any:
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         kind, vocab_size=997, hidden_size=1024, intermediate_size=1024, num_hidden_layers=3, num_attention_heads=8,
-        num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=False, eos_token_id=None,
-        initializer_range=0.04, **KINDS[kind],
+        max_position_embeddings=4096, tie_word_embeddings=False, eos_token_id=None, initializer_range=0.04,
+        **{"num_key_value_heads": 2} | KINDS[kind],
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).cuda().requires_grad_(False).eval()
 
@@ -56,8 +62,8 @@ def test_every_way_inside_graphs(kind: str) -> None:
     plain = logits_of(model, text, fused=False)
     exact = logits_of(model.float(), text, fused=False, graphs=False)
     model.bfloat16()
-    ways = block_ways(torch.device("cuda"))[0]
-    assert "split_k" in ways
+    ways = ways_of(model, torch.device("cuda"))[0]
+    assert ("torch" if KINDS[kind] is LATENT else "split_k") in ways
     for name, block in ways.items():
         with FusedAttention(model, block=block) as fused:
             assert fused.reasons == [None] * 3, name
