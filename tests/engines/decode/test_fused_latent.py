@@ -262,6 +262,7 @@ def test_a_cache_of_expanded_keys_is_left_alone() -> None:
         ("mistral4", EXPERTS | {"q_lora_rank": 20}, "other results"),
         ("longcat_flash", {"q_lora_rank": 20, "num_layers": 1, "n_routed_experts": 4}, "names no head_dim"),
         ("glm_moe_dsa", EXPERTS | {"q_lora_rank": 20}, "more than latent attention: indexer"),
+        ("glm_moe_dsa", EXPERTS | {"q_lora_rank": 20, "indexer_types": ["full", "shared"]}, "indexer"),
         ("deepseek_v32", EXPERTS | {"q_lora_rank": 20}, "more than latent attention: indexer"),
     ],
 )

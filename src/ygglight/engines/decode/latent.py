@@ -125,7 +125,11 @@ def recognise_latent(layer: nn.Module) -> LatentParts:
     norm, attention = child(layer, "input_layernorm"), child(layer, "self_attn")
     name, scale = type(attention).__name__, getattr(attention, "scaling", None)
     others = [each for each, _ in attention.named_children() if each not in _PARTS]
-    if others:  # say, an indexer that picks which tokens are attended to, which a short trial would not show
+    # An indexer picks which tokens are attended to, which a short trial does not show. Where it is there and None, the
+    # layer goes by what an earlier one has picked (GLM-5).
+    if hasattr(attention, "indexer") and "indexer" not in others:
+        others.append("indexer")
+    if others:
         raise NotFusable(f"{name} has more than latent attention: {', '.join(others)}")
     if not isinstance(scale, float):
         raise NotFusable(f"{name} names no scaling")
