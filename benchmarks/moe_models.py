@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import gc
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,12 +18,16 @@ from benchmarks.harness import BadInput, Skip
 from ygglight.compat import transformers as hf
 from ygglight.data import assets
 from ygglight.data.documents import read_prompts
+from ygglight.demos.moe_speq import DENSE, copies
+from ygglight.engines.moe_speq.config import STAGING
 from ygglight.engines.moe_speq.draft import DraftExperts
 from ygglight.engines.moe_speq.layout import Site, find_sites
 from ygglight.engines.moe_speq.stores import ExpertStore, store_for
 from ygglight.kernels import _dispatch
 
 MODEL = "smollm2-moe-8x10"
+COPIES = "smollm2-135m-instruct, each FFN in 8 copies"
+"""Writes SmolLM2's own text whatever its routers choose, so a draft is accepted as often as one of a good model is."""
 TINY: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 512,
@@ -37,7 +43,7 @@ class Case:
     """A model, the memory and the link that its experts have, and what it is asked.
 
     Args:
-        model: A name for ``CausalLM``, or "tiny": random weights. dtype: Of the weights.
+        model: A name for ``CausalLM``, ``COPIES``, or "tiny": random weights. dtype: Of the weights.
         slots: Of the cache, a layer, beside a draft; without one there are as many more as the draft would take.
         bandwidth: Bytes a second of the link; None: as fast as it goes. latency: Seconds more a copy.
         disk: Experts are read from the disk, past the page cache; else they lie in host memory.
@@ -58,16 +64,17 @@ class Case:
     hooked: int = 5
 
 
-_SLOW = Case(MODEL, "bfloat16", 2, 0.25e9, 3e-4)
+_SLOW = Case(COPIES, "bfloat16", 2, 0.25e9, 3e-4)
 CASES = {
     "quick": Case("tiny", "float32", 2, 50e6, 1e-4, tokens=12, shortest=16, hooked=3),
-    "small": _SLOW,
+    "fast": replace(_SLOW, bandwidth=2e9),
+    "slow": _SLOW,
     "large": replace(_SLOW, slots=5),
     "noisy": replace(_SLOW, noise=1.0),
-    "disk": replace(_SLOW, bandwidth=None, latency=0.0, disk=True),
-    "small-fp32": replace(_SLOW, dtype="float32", bandwidth=0.5e9),
+    "mixture": replace(_SLOW, model=MODEL),
+    "disk": replace(_SLOW, model=MODEL, bandwidth=None, latency=0.0, disk=True),
 }
-DEFAULTS = ("small", "large", "noisy", "disk")
+DEFAULTS = ("fast", "slow", "large", "noisy", "mixture", "disk")
 
 
 def cases(quick: bool, name: str | None) -> tuple[str, ...]:
@@ -95,7 +102,7 @@ class Subject:
 
     def __init__(self, case: Case, count: int) -> None:
         self.case = case
-        self.model, self.prompts = _tiny(count) if case.model == "tiny" else _load(case, count)
+        self.model, self.prompts = _MODELS.get(case.model, _mixture)(case, count)
         self.model.generation_config.eos_token_id = None  # all texts are of one length
         own = copy.deepcopy(self.model)  # the store takes these experts; the first ones stay for comparison
         self.store: ExpertStore = store_for(
@@ -135,7 +142,7 @@ class Subject:
         Args:
             draft: With what the draft takes.
         """
-        slabs = self.case.slots * len(self.sites) + 2
+        slabs = self.case.slots * len(self.sites) + STAGING
         return slabs * self.store.nbytes + (self.draft.nbytes if draft else 0)
 
     def twin(self) -> Any:
@@ -149,7 +156,7 @@ class Subject:
     def line(self) -> str:
         """For the report."""
         case, experts, slab = self.case, self.sites[0].experts, self.store.nbytes
-        more = min(experts, (self.budget() // slab - 2) // len(self.sites))
+        more = min(experts, (self.budget() // slab - STAGING) // len(self.sites))
         if case.disk:
             link = f"disk ({getattr(self.store, 'io', '')} reads)"
         elif case.bandwidth is None:
@@ -191,29 +198,48 @@ class NoisyStore:
         """Nothing to do."""
 
 
-def _load(case: Case, count: int) -> tuple[Any, list[Tensor]]:
+def _mixture(case: Case, count: int) -> tuple[Any, list[Tensor]]:
     try:
         directory = assets.resolve_model(case.model)
     except FileNotFoundError as error:
         raise Skip(str(error)) from error
-    model: Any = hf.load_causal_lm(directory, dtype=getattr(torch, case.dtype)).requires_grad_(False).eval()
-    model.generation_config.do_sample = False
-    for name in ("temperature", "top_p", "top_k"):  # greedy: they would only be warned about
-        setattr(model.generation_config, name, None)
+    model: Any = hf.load_causal_lm(directory, dtype=getattr(torch, case.dtype))
     # A model as small as this one falls into a loop, and a loop asks for the same experts again and again.
     model.generation_config.repetition_penalty = 1.3
     model.generation_config.no_repeat_ngram_size = 3
-    tokenizer, found = hf.load_tokenizer(directory), []
-    for text in read_prompts("gsm8k-test"):
-        ids = tokenizer(PROMPT.format(text), return_tensors="pt").input_ids
-        if ids.shape[1] >= case.shortest:
-            found.append(ids)
-        if len(found) == count:
-            break
-    return model, found
+    tokenizer = hf.load_tokenizer(directory)
+    prompts = (tokenizer(PROMPT.format(text), return_tensors="pt").input_ids for text in read_prompts("gsm8k-test"))
+    return _greedy(model), _long(prompts, case, count)
 
 
-def _tiny(count: int) -> tuple[Any, list[Tensor]]:
+def _copies(case: Case, count: int) -> tuple[Any, list[Tensor]]:
+    directory = assets.resolve_model(DENSE)
+    dense: Any = hf.load_causal_lm(directory, dtype=torch.float32)
+    tokenizer = hf.load_tokenizer(directory)
+    questions = read_prompts("gsm8k-test")
+    text = tokenizer("\n\n".join(questions[-64:]), return_tensors="pt").input_ids[:, :2048]
+    model = copies(dense, text).to(getattr(torch, case.dtype))
+    prompts = (
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
+        for question in questions
+    )
+    return _greedy(model), _long(prompts, case, count)
+
+
+def _greedy(model: Any) -> Any:
+    model.generation_config.do_sample = False
+    for name in ("temperature", "top_p", "top_k"):  # they would only be warned about
+        setattr(model.generation_config, name, None)
+    return model.requires_grad_(False).eval()
+
+
+def _long(prompts: Iterable[Tensor], case: Case, count: int) -> list[Tensor]:
+    return list(islice((ids for ids in prompts if ids.shape[1] >= case.shortest), count))
+
+
+def _tiny(case: Case, count: int) -> tuple[Any, list[Tensor]]:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     with torch.random.fork_rng(devices=[]):
@@ -221,3 +247,6 @@ def _tiny(count: int) -> tuple[Any, list[Tensor]]:
         model: Any = MixtralForCausalLM(MixtralConfig(**TINY)).requires_grad_(False).eval()
         prompts = [torch.randint(1, TINY["vocab_size"], (1, 16 + i)) for i in range(count)]
     return model, prompts
+
+
+_MODELS = {"tiny": _tiny, COPIES: _copies}

@@ -94,7 +94,7 @@ def test_a_noisy_draft_is_accepted_less(subject: Subject) -> None:
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BadInput, match="there are: quick, small"):
+    with pytest.raises(BadInput, match="there are: quick, fast"):
         moe_speq.run(Options(size="tall"))
     with pytest.raises(Skip, match="on a CPU only"):
         moe_speq.run(Options("cuda"))
@@ -103,7 +103,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         raise FileNotFoundError(f"{name!r} is not there yet; this makes it: ygglight fit")
 
     monkeypatch.setattr(moe_models.assets, "resolve_model", missing)
-    found = moe_speq.run(Options(size="small", repeats=1))[0]
+    found = moe_speq.run(Options(size="mixture", repeats=1))[0]
     assert [r.status for r in found.results] == [
         "skipped: 'smollm2-moe-8x10' is not there yet; this makes it: ygglight fit"
     ]

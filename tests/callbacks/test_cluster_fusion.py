@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 import ygglight  # noqa: F401  (registers the names)
 from ygglight.callbacks import ClusterFusion
 from ygglight.engines.decode import fusion
+from ygglight.engines.moe_speq.config import STAGING
 from ygglight.kernels.cluster_decode import decode_block
 from ygglight.strategies import MoESpeQStrategy, YggdrasilStrategy
 
@@ -136,7 +137,7 @@ def test_with_a_tree(told: list[str]) -> None:
 def test_with_experts_elsewhere(kind: str) -> None:
     module = Writes(make(kind, **(MIXTRAL | {"intermediate_size": 32} if kind == "mixtral" else {})))
     expected = predict(module)
-    slots, slab, staging, draft = 3 * 2, 3 * 32 * 32 * 4, 2, 60_000
+    slots, slab, staging, draft = 3 * 2, 3 * 32 * 32 * 4, STAGING, 60_000
     strategy = MoESpeQStrategy((slots + staging) * slab + draft, k=1)
     callback = ClusterFusion(enabled=True)
     assert torch.equal(predict(module, callback, strategy), expected)

@@ -17,6 +17,7 @@ import ygglight  # noqa: F401  (registers the names)
 from ygglight.callbacks import MoESpeQMonitor
 from ygglight.callbacks.moe_speq_monitor import summary
 from ygglight.callbacks.moe_speq_picture import Sample, draw_run
+from ygglight.engines.moe_speq.config import STAGING
 from ygglight.strategies import MoESpeQStrategy
 
 NEW, BATCHES = 12, 3
@@ -54,7 +55,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def strategy(k: int = 2) -> MoESpeQStrategy:
-    slots, slab, staging, draft = 3 * 2, 3 * 32 * 32 * 4, 2, 60_000
+    slots, slab, staging, draft = 3 * 2, 3 * 32 * 32 * 4, STAGING, 60_000
     return MoESpeQStrategy((slots + staging) * slab + draft, k=k)
 
 

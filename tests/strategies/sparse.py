@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ygglight.engines.moe_speq.config import STAGING
 from ygglight.engines.moe_speq.layout import find_sites
 
 VOCABULARY, NEW, PROMPTS, EXPERTS = 97, 24, 2, 8
@@ -78,7 +79,7 @@ def trainer(strategy: Any, **changes: Any) -> L.Trainer:
     return L.Trainer(strategy=strategy, **options | changes)
 
 
-def slabs(model: Any, slots: int, staging: int = 2) -> int:
+def slabs(model: Any, slots: int, staging: int = STAGING) -> int:
     sites = find_sites(model)
     return (slots * len(sites) + staging) * sites[0].layout.nbytes
 

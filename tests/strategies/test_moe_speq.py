@@ -190,7 +190,7 @@ class Writes(CausalLM):
 
 
 module = Writes(folder, experts=sys.argv[3], dtype="float32")
-strategy = MoESpeQStrategy("24MiB", draft_bits=None)
+strategy = MoESpeQStrategy("32MiB", draft_bits=None)
 trainer = L.Trainer(
     strategy=strategy, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
     enable_progress_bar=False, enable_model_summary=False,

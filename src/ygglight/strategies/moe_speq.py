@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from ygglight.engines.memory.sizes import parse_bytes
 from ygglight.engines.moe_speq.budget import free_for_experts
-from ygglight.engines.moe_speq.config import Config
+from ygglight.engines.moe_speq.config import STAGING, Config
 from ygglight.engines.moe_speq.engine import Engine
 from ygglight.engines.moe_speq.generate import MoESpeQGenerate
 from ygglight.engines.moe_speq.layout import find_sites
@@ -38,7 +38,7 @@ class MoESpeQStrategy(GeneratingStrategy):
         drop_cache: Read experts from the disk itself, past the operating system's cache in memory.
         prefetch: Send experts ahead that the draft chose.
         prefetch_cap: Most bytes a cycle to send ahead; null: as many as prove to be used.
-        staging: Buffers of one expert each, for passes that need more experts than the cache has slots.
+        staging: Buffers of one expert each, for experts that find no slot.
         link: ``{bandwidth: bytes a second, latency: seconds a copy}``: slow copies down to another machine's link.
         max_cycle_seconds: ``auto`` drafts so few tokens that a cycle takes no longer; null: any time.
         max_tokens: Longest text, prompt and answer together, which bounds the KV cache. Default: what each call asks
@@ -64,7 +64,7 @@ class MoESpeQStrategy(GeneratingStrategy):
         drop_cache: bool = False,
         prefetch: bool = True,
         prefetch_cap: int | str | None = None,
-        staging: int = 2,
+        staging: int = STAGING,
         link: dict[str, float] | None = None,
         max_cycle_seconds: float | None = None,
         max_tokens: int | None = None,

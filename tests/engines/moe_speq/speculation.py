@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ygglight.engines.moe_speq.config import STAGING
 from ygglight.engines.moe_speq.engine import Engine
 from ygglight.engines.moe_speq.generate import MoESpeQGenerate
 from ygglight.engines.moe_speq.layout import find_sites
@@ -36,7 +37,7 @@ class CopyDraft:
         return self._modules[site.index](hidden, index, weights)
 
 
-def budget(model: Any, slots: int, draft: Any = None, staging: int = 2) -> int:
+def budget(model: Any, slots: int, draft: Any = None, staging: int = STAGING) -> int:
     sites = find_sites(model)
     return (slots * len(sites) + staging) * sites[0].layout.nbytes + (0 if draft is None else draft.nbytes)
 

@@ -88,11 +88,11 @@ def test_wrong_prefetches_go_first_and_are_counted() -> None:
     cache = LayerCache(3)
     window(cache, [1, 2])
     cache.take(7, cache.spared([7]), prefetch=True)
-    assert cache.demand([1]) == 1 and cache.residents[0] == 7  # wanted: 1, so 7 was unused
+    assert cache.demand([1]).unused == 1 and cache.residents[0] == 7  # wanted: 1, so 7 was unused
     taken = cache.take(3, {1})
     assert taken is not None and (taken.evicted, taken.wasted) == (7, True)
     cache.take(8, {1}, prefetch=True)
-    assert cache.demand([8]) == 0  # it was used: no waste, now or later
+    assert cache.demand([8]).unused == 0  # it was used: no waste, now or later
     assert cache.take(9, {1, 3}).wasted is False  # type: ignore[union-attr]
 
 

@@ -257,7 +257,7 @@ class Slow(CopyDraft):
 
 def sure(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which a draft must win if it is accepted, whatever this one is like."""
-    machine = Machine(1e-4, {1: 1.0, 9: 1.0}, 0.0, 1e-4, 2, 2)
+    machine = Machine(1e-4, {1: 1.0, 9: 1.0}, 0.0, 1e-4, 2, 2, 2, 2)
     monkeypatch.setattr(module, "measure_machine", lambda *args, **kwargs: machine)
     monkeypatch.setattr(Machine, "at", lambda self, copy, draft_token: self)
     monkeypatch.setattr(Governor, "_correct", lambda self, cycle: None)

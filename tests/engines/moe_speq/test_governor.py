@@ -18,7 +18,7 @@ LAYERS, EXPERTS, TOP_K = 8, 64, 4
 def machine(**changes: Any) -> Machine:
     values: dict[str, Any] = {
         "draft_token": 2e-3, "verify": {1: 0.010, 2: 0.011, 5: 0.014, 9: 0.020}, "expert": 1e-4, "copy": 1e-3,
-        "layers": LAYERS, "top_k": TOP_K,
+        "layers": LAYERS, "top_k": TOP_K, "slots": 32, "staging": 4,
     }  # fmt: skip
     return Machine(**values | changes)
 
@@ -96,14 +96,20 @@ def brute_force(m: Machine, chances: list[float], unique: float, missing: float,
     seconds = 0.0
     for _ in range(k):
         seconds += m.draft_token
-    window = (k - max(1, k // 5)) * m.draft_token if k else 0.0
-    hidden = min(window / m.copy, m.hideable, foreseen * missing * m.layers)
-    for layer in range(m.layers):
-        behind = min(
-            max(layer * missing, hidden), (layer + 1) * missing
-        )  # of the copies in order, the first are hidden
-        seconds += between(m.verify, k + 1) / m.layers + max(0.0, unique - m.top_k) * m.expert
-        seconds += ((layer + 1) * missing - behind) * m.copy
+    copies = missing * m.layers
+    named = min(m.ahead, foreseen * copies) if k else 0.0
+    left, drafting = named, (k - max(1, k // 5)) * m.draft_token
+    places = m.staging
+    for _ in range(m.layers):
+        places += max(0.0, m.slots - (unique - missing))  # slots whose experts the pass does not want
+    while left > 0 and places > 0 and drafting >= m.copy * min(1.0, left, places):
+        one = min(1.0, left, places)
+        left, places, drafting = left - one, places - one, drafting - one * m.copy
+    if left > 0 and places > 0:
+        left -= drafting / m.copy
+    computing = between(m.verify, k + 1) + m.layers * max(0.0, unique - m.top_k) * m.expert
+    waited = (copies - named) * m.copy
+    seconds += computing + waited + max(0.0, left * m.copy - computing)
     return tokens / seconds
 
 
@@ -116,7 +122,8 @@ def test_the_choice_is_that_of_an_exhaustive_search() -> None:
             table[width] = verify = verify * random_.uniform(1.0, 1.6)
         m = machine(
             draft_token=random_.uniform(1e-4, 1e-2), verify=table, expert=random_.choice([0.0, 1e-4]),
-            copy=10 ** random_.uniform(-5, -2), hideable=random_.choice([0.0, 10.0, 1e9]),
+            copy=10 ** random_.uniform(-4.5, -2), ahead=random_.choice([0.0, 10.0, 1e9]),
+            slots=random_.choice([1, 8, 32]),
         )  # fmt: skip
         governor = Governor(m, candidates(24))
         p, rate = random_.random(), random_.random()
@@ -126,7 +133,7 @@ def test_the_choice_is_that_of_an_exhaustive_search() -> None:
             cycle = world.run(random_.choice([1, 4, 8]), True)
             governor.acceptance.observe(cycle.k, cycle.accepted)
             governor.demand.observe(cycle.k + 1, cycle.requests / LAYERS, cycle.missing / LAYERS, outlook)
-        foreseen = 1.0 if m.hideable else 0.0
+        foreseen = 1.0 if m.ahead else 0.0
         scores = {
             k: brute_force(
                 m, governor.acceptance.chances(k), governor.demand.unique(k + 1, outlook),
@@ -159,12 +166,16 @@ def test_experts_beyond_those_of_one_token_take_time_too() -> None:
     assert m.verifying(9, TOP_K + 2) == 1.0 + LAYERS * 2 * 0.5
 
 
-def test_drafting_hides_copies_but_not_those_it_did_not_foresee() -> None:
-    m = machine(draft_token=1.0, verify={1: 8.0}, expert=0.0, copy=1.0, layers=2)
+def test_what_the_draft_names_comes_while_it_drafts_and_while_the_target_computes() -> None:
+    m = machine(draft_token=1.0, verify={1: 8.0}, expert=0.0, copy=1.0, layers=2, slots=3, staging=1)
     assert m.cycle(0, 3.0, 3.0) == 8 + 6, "a layer learns what it misses when its router has run"
-    assert m.cycle(4, 3.0, 3.0) == 4 + 8 + 3  # observed one token, hid three copies
     assert m.cycle(4, 3.0, 3.0, foreseen=0.0) == 4 + 8 + 6
-    assert machine(**vars(m) | {"hideable": 1.0}).cycle(4, 3.0, 3.0) == 4 + 8 + 5
+    assert m.cycle(4, 3.0, 3.0) == 4 + 8
+    slow = machine(**vars(m) | {"verify": {1: 1.0}})
+    assert slow.cycle(4, 3.0, 3.0) == 4 + 3  # observed one token, then three copies; the others hide the target
+    assert slow.cycle(4, 5.0, 3.0) == 4 + 3  # in a slot a layer and the staging slab
+    assert slow.cycle(4, 6.0, 3.0) == 4 + 5, "all slots hold what is wanted: there is only the staging slab"
+    assert machine(**vars(m) | {"ahead": 1.0}).cycle(4, 3.0, 3.0) == 4 + 8 + 5
 
 
 def test_only_tested_positions_are_learnt_from() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ygglight.engines.moe_speq.config import STAGING
 from ygglight.engines.moe_speq.report import KEPT, Report
 
 from .conftest import tiny_moe, tokens
@@ -28,7 +29,7 @@ def test_the_counts_of_a_run_agree() -> None:
     assert sum(k * n for k, n in report.drafting.items()) == report.drafted
     experts = report.experts
     assert experts["hits"] + experts["late"] + experts["misses"] == experts["requests"] > 0
-    slab = report.memory["staging"] // 2
+    slab = report.memory["staging"] // STAGING
     assert all(moved % slab == 0 for moved in report.moved.values()) and report.moved["demand"] > 0
     assert report.moved["prefetch"] == experts["prefetched"] * slab
     assert report.memory["slots"] == 3 * 2 * slab and report.memory["draft"] == CopyDraft.nbytes

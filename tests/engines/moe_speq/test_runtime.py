@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ygglight.engines.moe_speq.attach import Attachment
-from ygglight.engines.moe_speq.compute import GroupedCompute
+from ygglight.engines.moe_speq.compute import GroupedCompute, group
 from ygglight.engines.moe_speq.layout import find_sites
 from ygglight.engines.moe_speq.link import Cause, ThreadLink
+from ygglight.engines.moe_speq.reuse import ReuseDistances
 from ygglight.engines.moe_speq.runtime import Runtime
 from ygglight.engines.moe_speq.stores import HostStore
 
@@ -44,16 +45,18 @@ def make() -> Iterator[Make]:
         runtime.close()
 
 
-def draw_ahead(runtime: Runtime, layer: int, experts: list[int], cap: int = 1 << 30) -> int:
+def draw_ahead(runtime: Runtime, layer: int, experts: list[int], cap: int = 1 << 30, stream: int = 0) -> int:
     """Draft tokens that choose these experts, and send them ahead."""
     with runtime.drafting():
         index = torch.tensor([experts]).T
         runtime.forward(layer, torch.zeros(len(experts), 16), index, torch.ones(len(experts), 1))
-    return runtime.prefetch(cap)
+    return runtime.prefetch(cap, stream=stream)
 
 
-def run(runtime: Runtime, layer: int, batch: tuple[Tensor, Tensor, Tensor], *, prefill: bool = False) -> Tensor:
-    with runtime.window(prefill=prefill):
+def run(
+    runtime: Runtime, layer: int, batch: tuple[Tensor, Tensor, Tensor], *, prefill: bool = False, stream: int = 0
+) -> Tensor:
+    with runtime.window(prefill=prefill, stream=stream):
         return runtime.forward(layer, *batch)
 
 
@@ -75,16 +78,17 @@ def test_output_is_the_same_to_the_bit_whatever_the_slots_hold(slots: int, dtype
     these = sites(dtype=dtype)
     store = Store(these)
     whole = make(store, these, 8)
-    part = make(store, these, slots, staging=1 + slots % 2, draft=FakeDraft())
+    part = make(store, these, slots, staging=1 + slots % 4, draft=FakeDraft())
     draw, generator = random.Random(slots), torch.Generator().manual_seed(slots)
     store.seconds = 2e-4  # slabs are NaN for so long
     for step in range(30):
         layer = step % 2
         batch = routes(these[layer], draw.choice([1, 1, 2, 5, 9, 17]), generator)
+        stream = draw.choice([0, 3 * store.nbytes, 1 << 30])
         if draw.random() < 0.7:
-            draw_ahead(part, layer, draw.choices(range(8), k=draw.randint(1, 9)))
+            draw_ahead(part, layer, draw.choices(range(8), k=draw.randint(1, 9)), stream=stream)
         prefill = draw.random() < 0.2
-        out = run(part, layer, batch, prefill=prefill)
+        out = run(part, layer, batch, prefill=prefill, stream=stream)
         assert torch.equal(out, run(whole, layer, batch))
         assert out.dtype == dtype
         near = dense(store, these[layer], *batch) if step % 5 == 0 else out.double()
@@ -184,14 +188,17 @@ def test_no_more_bytes_than_what_is_missing_and_as_lru_predicts(slots: int, make
     these = sites()
     store = Store(these)
     runtime = make(store, these, slots)
-    generator, missing = torch.Generator().manual_seed(2), 0
-    run(runtime, 0, routes(these[0], 1, generator), prefill=True)
+    generator, missing, reuse = torch.Generator().manual_seed(2), 0, ReuseDistances(1, 8)
+    prompt = routes(these[0], 1, generator)
+    run(runtime, 0, prompt, prefill=True)
+    reuse.warm(0, group(prompt[1]).ranked)
     for step in range(60):
         batch = routes(these[0], 1 + step % 4, generator)
+        reuse.observe(0, group(batch[1]).ranked)
         missing += len(set(batch[1].flatten().tolist()) - set(runtime._layers[0].cache.residents))
         run(runtime, 0, batch)
     stats = runtime.stats
-    assert stats.experts["misses"] == missing == stats.passes.misses(slots, 0)
+    assert stats.experts["misses"] == missing == reuse.misses(slots, 0)
     assert stats.moved["demand"] == missing * store.nbytes
 
 
@@ -255,6 +262,65 @@ def test_cap_and_room_hold(make: Make) -> None:
 def test_prefetches_that_are_wanted_do_not_evict_each_other(make: Make) -> None:
     runtime, _ = foreseen(0.0, make, slots=3)  # unions of up to six in three slots
     assert runtime.stats.experts["unused"] == runtime.stats.experts["evicted"] == 0
+
+
+# -- what finds no slot comes through staging ------------------------------------------------------------------------
+def test_what_the_draft_names_comes_while_it_drafts_and_while_earlier_layers_run(make: Make) -> None:
+    these = sites(layers=3)
+    store = Store(these)
+    runtime = make(store, these, 1, staging=3, link=InstantLink(store), draft=FakeDraft())
+    batches = [choose([1, 2, 3]) for _ in these]
+    for layer in range(3):
+        draw_ahead(runtime, layer, [1, 2, 3], stream=1 << 30)
+    assert sum(store.reads.values()) == 3 + 2, "a slot a layer, and all staging but the slab that a pass must have"
+    outputs = []
+    with runtime.window(prefill=False, stream=1 << 30):
+        for layer, batch in enumerate(batches):
+            outputs.append(runtime.forward(layer, *batch))
+    stats = runtime.stats
+    assert stats.experts["hits"] == stats.experts["requests"] == 9 and stats.moved["demand"] == 0
+    assert sum(stats.ahead) == 9 and sum(stats.streamed) == 6 and sum(stats.in_vain) == 0
+    for layer, out in enumerate(outputs):
+        assert torch.allclose(out.double(), dense(store, these[layer], *batches[layer]), atol=1e-5)
+
+
+def test_what_streams_is_no_more_than_it_may_be_and_no_less_right(make: Make) -> None:
+    these = sites(layers=2)
+    store = Store(these)
+    runtime = make(store, these, 1, staging=4, link=InstantLink(store), draft=FakeDraft())
+    draw_ahead(runtime, 0, [1])
+    draw_ahead(runtime, 1, [4, 5, 6])  # 4 takes the slot
+    with runtime.window(prefill=False, stream=store.nbytes):
+        first = runtime.forward(0, *choose([7]))
+        assert store.reads[1, 5] == 1 and store.reads[1, 6] == 0, "one expert is what it may be"
+        second = runtime.forward(1, *(batch := choose([4, 2])))
+    assert first.isfinite().all() and torch.allclose(second.double(), dense(store, these[1], *batch), atol=1e-5)
+    assert runtime.stats.in_vain == [0, 1] and runtime.stats.experts["unused"] == 2
+    assert all(torch.equal(run(runtime, 1, batch), second) for _ in range(3)), "all staging is free again"
+
+
+def test_a_stream_that_fails_or_is_left_costs_nothing_but_time(make: Make) -> None:
+    these = sites(layers=2)
+    store = Store(these)
+    runtime = make(store, these, 1, staging=2, draft=FakeDraft())
+    batch = choose([1, 2, 3])
+    store.broken = {(1, 2)}
+    for broken in (True, False):
+        draw_ahead(runtime, 1, [1, 2, 3])
+        with runtime.window(prefill=False, stream=1 << 30):
+            until(lambda: runtime.stats.traffic.failed[Cause.PREFETCH] == 1)
+            if broken:
+                with pytest.raises(OSError, match="disk is gone"):
+                    runtime.forward(1, *batch)
+            else:
+                out = runtime.forward(1, *batch)
+        store.broken.clear()
+    assert torch.allclose(out.double(), dense(store, these[1], *batch), atol=1e-5)
+    draw_ahead(runtime, 1, [5, 6, 7])
+    with pytest.raises(KeyError), runtime.window(prefill=False, stream=1 << 30):
+        raise KeyError("the pass failed before the layer")
+    assert torch.equal(run(runtime, 1, batch), out)
+    assert torch.equal(run(runtime, 1, choose([4, 5, 6]), prefill=True).isfinite().all(), torch.tensor(True))
 
 
 # -- errors ----------------------------------------------------------------------------------------------------------

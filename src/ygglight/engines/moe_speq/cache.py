@@ -34,12 +34,24 @@ class Split(NamedTuple):
     passing: list[int]
 
 
+class Sent(NamedTuple):
+    """What was sent ahead for a window.
+
+    Args:
+        used: Experts that it wants. unused: Others.
+    """
+
+    used: int
+    unused: int
+
+
 class LayerCache:
     """Least recently used first, with two rules of its own.
 
     Demand: what a window wants and finds is used before it can be evicted, so each of its other experts is copied once
     and no more. After it the slots hold the first M of its experts as ranked, then the most recently used others: LRU
-    by groups, which :class:`~ygglight.engines.moe_speq.reuse.ReuseDistances` predicts exactly.
+    by groups, which :class:`~ygglight.engines.moe_speq.reuse.ReuseDistances` predicts exactly. What comes through
+    staging anyway takes no slot.
 
     Prefetch: it evicts nothing that the draft asked for in the same window. The bound against churn: it evicts nothing
     that the last window used either, unless the layer's prefetches have mostly (:data:`TRUST`) been right of late: what
@@ -76,17 +88,25 @@ class LayerCache:
         """Slots that hold nothing."""
         return len(self._free)
 
-    def split(self, ranked: Sequence[int], *, prefill: bool) -> Split:
+    def staying(self, ranked: Sequence[int], coming: Collection[int] = ()) -> set[int]:
+        """Of the experts of a window those that the slots hold after it.
+
+        Args:
+            ranked: See :meth:`split`. coming: See there.
+        """
+        return set([expert for expert in ranked if expert not in coming][: self.slots])
+
+    def split(self, ranked: Sequence[int], coming: Collection[int] = (), *, prefill: bool) -> Split:
         """Where the missing experts of a window go.
 
         Args:
-            ranked: All that it wants, the one to keep longest first.
+            ranked: All that it wants, the one to keep longest first. coming: Of them, those that staging brings.
             prefill: A prompt wants nearly all experts: it may fill empty slots, and evicts nothing.
         """
-        missing = [expert for expert in ranked if expert not in self._where]
+        missing = [expert for expert in ranked if expert not in self._where and expert not in coming]
         if prefill:
             return Split(missing[: self.free], missing[self.free :])
-        stay = set(ranked[: self.slots])
+        stay = self.staying(ranked, coming)
         return Split([e for e in missing if e in stay], [e for e in missing if e not in stay])
 
     def take(self, expert: int, spared: Collection[int], *, prefetch: bool = False) -> Taken | None:
@@ -137,17 +157,17 @@ class LayerCache:
         """
         return self.free + sum(expert not in spared for expert in self._where)
 
-    def demand(self, ranked: Sequence[int]) -> int:
+    def demand(self, ranked: Sequence[int]) -> Sent:
         """A window wants these; call it before they are taken in.
 
         Args:
             ranked: See :meth:`split`.
 
         Returns:
-            How many experts had been prefetched for it and are not among them.
+            What was prefetched into slots for it.
         """
         self._last = frozenset(ranked)
-        unused = self._fresh - self._last
+        unused, sent = self._fresh - self._last, len(self._fresh)
         if self._fresh:
             right = 1 - len(unused) / len(self._fresh)
             self.precision = _KEPT * self.precision + (1 - _KEPT) * right
@@ -155,7 +175,7 @@ class LayerCache:
             self._where.move_to_end(expert, last=False)
         self._fresh.clear()
         self._unproved -= self._last
-        return len(unused)
+        return Sent(sent - len(unused), len(unused))
 
     def touch(self, ranked: Sequence[int]) -> None:
         """Make these the most recently used, the first of them most of all.

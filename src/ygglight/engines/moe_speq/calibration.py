@@ -30,7 +30,7 @@ LAYERS, EXPERTS = 8, 8
 
 
 def measure_machine(
-    decoder: Decoder, runtime: Runtime, most: int, *, hideable: float, seconds: float, key: dict[str, Any]
+    decoder: Decoder, runtime: Runtime, most: int, *, ahead: float, slots: int, seconds: float, key: dict[str, Any]
 ) -> Machine:
     """The costs of cycles. The cache of experts and all statistics begin anew.
 
@@ -40,7 +40,7 @@ def measure_machine(
 
     Args:
         decoder: Its text is forgotten. runtime: Its slots are filled and emptied. most: Tokens that may be drafted.
-        hideable: See :class:`Machine`. seconds: To spend. key: What else decides how long things take.
+        ahead: See :class:`Machine`. slots: As there. seconds: To spend. key: What else decides how long things take.
     """
     sites, layout = runtime.sites, runtime.sites[0].layout
 
@@ -53,7 +53,7 @@ def measure_machine(
     verify = {int(n): float(s) for n, s in found["verify"].items()}
     return Machine(
         verify[1], verify, float(found["expert"]), runtime.link.speed.seconds(layout.nbytes), len(sites),
-        max(site.top_k for site in sites), hideable,
+        max(site.top_k for site in sites), slots, runtime.staging, ahead,
     )  # fmt: skip
 
 

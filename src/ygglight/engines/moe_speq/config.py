@@ -12,6 +12,8 @@ MOST = 64
 """Most tokens that may be drafted at once."""
 BITS = 4
 """Of the draft's experts."""
+STAGING = 4
+"""Buffers of one expert: with fewer the link stands still while layers compute."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Config:
         draft_bits: 4: a copy of the experts in four bits drafts; None: no draft, and all memory is cache.
         prefetch: Send experts ahead that the draft chose.
         prefetch_cap: Most bytes a cycle to send ahead; None: as many as prove to be used.
-        staging: Buffers of one expert each, for passes that need more experts than the cache has slots.
+        staging: Buffers of one expert each, for experts that find no slot: those that the draft has named come through
+            all but one of them while it drafts and while earlier layers compute.
         link: ``{"bandwidth": bytes a second, "latency": seconds a copy}``: slow copies down to what another machine's
             link would do; None: as fast as they go.
         experts: Where all experts are kept: "host", "disk", or "auto": host memory beside a GPU; a file where the
@@ -49,7 +52,7 @@ class Config:
     draft_bits: int | None = BITS
     prefetch: bool = True
     prefetch_cap: int | str | None = None
-    staging: int = 2
+    staging: int = STAGING
     link: Mapping[str, float] | None = None
     experts: str = "auto"
     path: str | None = None

@@ -80,7 +80,7 @@ class Engine:
         self._report = Report()
         self._share = 1.0  # of what could be sent ahead
         self._draft_token = 0.0  # seconds a drafted token; 0: not known yet
-        self._seen: dict[str, float] = {}
+        self._seen: dict[str, int] = {}
         self._told: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
 
     def _split(self) -> Split:
@@ -220,7 +220,8 @@ class Engine:
         assert self.decoder is not None
         loop = Loop(
             self.decoder, runtime, ChainDrawing(processors, do_sample=do_sample, generator=generator), stopping,
-            choose=self._choose, cap=self._cap, pause=self._pause, hides=self._hides,
+            choose=self._choose, cap=self._cap, to_slots=self._to_slots, pause=self._pause,
+            hides=self._hides,
             watch=[self._learn] + ([] if watch is None else [watch]),
         )  # fmt: skip
         try:
@@ -248,13 +249,11 @@ class Engine:
         config, runtime = self.config, self.runtime
         assert self.decoder is not None and runtime is not None and self.store is not None
         self._count()
-        hideable = 0.0
-        if config.prefetch:
-            hideable = math.inf if config.prefetch_cap is None else parse_bytes(config.prefetch_cap) / self.split.slab
         key = {"experts": self.store.kind, "link": dict(config.link or {}), "slots": runtime.slots}
         machine = measure_machine(
-            self.decoder, runtime, config.most, hideable=hideable, seconds=config.profile_seconds, key=key
-        )
+            self.decoder, runtime, config.most, ahead=self._cap() / self.split.slab, slots=self.split.slots,
+            seconds=config.profile_seconds, key=key,
+        )  # fmt: skip
         self._seen, self._told = {}, (Counter(), Counter())
         self._draft_token = machine.draft_token
         self.governor = Governor(machine, candidates(config.most), config.max_cycle_seconds or math.inf)
@@ -265,7 +264,11 @@ class Engine:
             return 0
         if self.config.prefetch_cap is not None:
             return parse_bytes(self.config.prefetch_cap)
-        return int(self._share * self.split.slots * self.split.layers) * self.split.slab
+        return sum(site.experts for site in self.sites) * self.split.slab
+
+    def _to_slots(self) -> int:
+        """Of these, bytes that may go to slots, and evict somebody."""
+        return min(self._cap(), int(self._share * self.split.slots * self.split.layers) * self.split.slab)
 
     def _pause(self, sent: int) -> int:
         assert self.runtime is not None
@@ -281,23 +284,25 @@ class Engine:
         runtime = self.runtime
         assert runtime is not None
         stats = runtime.stats
-        now = dict(stats.experts) | {"missing": stats.passes.misses(runtime.slots), "displaced": sum(stats.displaced)}
+        more = ("ahead", "displaced", "streamed", "in_vain")
+        now = dict(stats.experts) | {name: sum(getattr(stats, name)) for name in more}
         new = {name: value - self._seen.get(name, 0) for name, value in now.items()}
         self._seen = now
         self._report.chose(cycle.k)
         if cycle.k:
             taken = cycle.drafting / cycle.k
             self._draft_token += (0.25 if self._draft_token else 1.0) * (taken - self._draft_token)
-        if new["prefetched"]:
-            wasted = (new["unused"] + new["evicted"] + new["displaced"]) / new["prefetched"]
+        to_slots = new["prefetched"] - new["streamed"]
+        if to_slots > 0:
+            wasted = (new["unused"] - new["in_vain"] + new["evicted"] + new["displaced"]) / to_slots
             self._share = min(1.0, max(0.05, self._share * (0.8 if wasted > WASTE else 1.1)))
         governor = self.governor
         if governor is None:
             return
-        foreseen = max(0, new["missing"] - new["misses"])
+        missing = new["misses"] + max(0, new["ahead"] - new["displaced"])
         governor.machine = governor.machine.at(runtime.link.speed.seconds(self.split.slab), self._draft_token)
         governor.observe(
-            Cycle(cycle.k, cycle.accepted, new["requests"], new["missing"], foreseen, cycle.seconds),
+            Cycle(cycle.k, cycle.accepted, new["requests"], missing, new["ahead"], cycle.seconds),
             self._outlook() if governor.due else None,
         )
         if governor.wants_draft():
@@ -354,7 +359,6 @@ class Engine:
     def _resize(self, slots: int) -> None:
         assert self.runtime is not None
         self.runtime.resize(slots, None)
-        self._seen["missing"] = self.runtime.stats.passes.misses(slots)
 
     # -- what was done -----------------------------------------------------------------------------------------------
     def take_report(self) -> Report:

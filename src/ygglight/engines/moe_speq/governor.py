@@ -68,7 +68,7 @@ class Governor:
         self.k = 0
         self.errors: list[float] = []
         """Predicted over measured seconds of each cycle, less 1; whoever reads it empties it."""
-        self._foreseen = 1.0 if machine.hideable else 0.0
+        self._foreseen = 1.0 if machine.ahead else 0.0
         self._off: dict[bool, float] = {}  # measured over modelled seconds, without a draft and with one
         self._own: dict[int, tuple[float, float]] = {}  # of one k: weight, measured over modelled
         self._since = self._cycles = self._verdicts = 0
@@ -148,7 +148,7 @@ class Governor:
         if cycle.k:
             layers = self.machine.layers
             self.demand.observe(cycle.k + 1, cycle.requests / layers, cycle.missing / layers, before or outlook)
-            if cycle.missing and self.machine.hideable:
+            if cycle.missing and self.machine.ahead:
                 self._foreseen = DECAY * self._foreseen + (1 - DECAY) * min(1.0, cycle.foreseen / cycle.missing)
         if not odd:
             self._correct(cycle)

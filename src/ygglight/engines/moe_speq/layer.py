@@ -14,25 +14,33 @@ from ygglight.engines.moe_speq.compute import Batch, Compute, GroupedCompute, Gr
 from ygglight.engines.moe_speq.link import Cause, Link, State, Ticket
 from ygglight.engines.moe_speq.slots import Slab, SlotBank
 from ygglight.engines.moe_speq.stats import Stats
+from ygglight.engines.moe_speq.stream import Copy, Staging, Stream
 
 if TYPE_CHECKING:
     from ygglight.engines.moe_speq.layout import Site
-
-Copy = tuple[int, Slab, Ticket]
-"""An expert on its way into a slab."""
 
 
 class SparseLayer:
     """Slots, copies and computation of one layer. For one thread.
 
     Args:
-        index: Number of the layer. site: The layer. bank: Its slots and everybody's staging. link: Brings the experts.
-        stats: What happened.
+        index: Number of the layer. site: The layer. bank: Its slots. link: Brings the experts. stats: What happened.
+        staging: Everybody's. stream: What comes through it for the present pass.
     """
 
-    def __init__(self, index: int, site: Site, bank: SlotBank, link: Link, stats: Stats) -> None:
+    def __init__(
+        self,
+        index: int,
+        site: Site,
+        bank: SlotBank,
+        link: Link,
+        stats: Stats,
+        staging: Staging,
+        stream: Stream,
+    ) -> None:
         self.index, self.layout = index, site.layout
         self.cache = LayerCache(bank.slots)
+        self.staging, self.stream = staging, stream
         self._bank, self._link, self._stats = bank, link, stats
         grouped = bank.device.type == "cuda"
         self._compute: Compute = GroupedCompute(index, site, bank) if grouped else LoopCompute(index, site)
@@ -63,19 +71,27 @@ class SparseLayer:
         self.withdraw()
         self.settle()
         self._routes = ([], 1) if prefill else (grouping.routes, index.shape[1])
-        slots, passing = self.cache.split(ranked, prefill=prefill)
+        streamed, in_vain = self.stream.take(self.index, ranked)
+        coming = {expert for expert, _, _ in streamed}
+        slots, passing = self.cache.split(ranked, coming, prefill=prefill)
         if prefill:
             self._stats.prompt(self.index, ranked)
         else:
-            self._stats.unused[self.index] += self.cache.demand(ranked)
+            fresh = self.cache.demand(ranked)
+            self._stats.ahead[self.index] += fresh.used + len(streamed)
+            self._stats.unused[self.index] += fresh.unused
+            self._stats.streamed[self.index] += len(streamed) + in_vain
+            self._stats.in_vain[self.index] += in_vain
             self._stats.displaced[self.index] += len(self._displaced.intersection(ranked))
             self._displaced.clear()
             late = sum(expert in self._loading for expert in ranked)
+            late += sum(ticket.state is not State.DONE for _, _, ticket in streamed)
             self._stats.demand(self.index, ranked, late, len(slots) + len(passing))
             if drawn is not None:
                 self._stats.compare(self.index, drawn, ranked)
-        stay = set(self.cache.residents) if prefill else set(ranked[: self.cache.slots])
-        _Pass(self, grouping, x, out, stay, slots, passing, Cause.PREFILL if prefill else Cause.DEMAND).run()
+        stay = set(self.cache.residents) if prefill else self.cache.staying(ranked, coming)
+        cause = Cause.PREFILL if prefill else Cause.DEMAND
+        _Pass(self, grouping, x, out, stay, slots, passing, streamed, cause).run()
         if prefill:
             self.cache.cool(slots)
         else:
@@ -199,7 +215,8 @@ class SparseLayer:
             if ticket.cause is not Cause.PREFETCH:
                 raise
             again = self._submit(expert, slab, Cause.DEMAND)
-            self._loading[expert] = again[2]
+            if not slab.staged:
+                self._loading[expert] = again[2]
             self._link.wait(again[2])
 
     def _forget(self, expert: int) -> None:
@@ -213,7 +230,7 @@ class _Pass:
     Args:
         layer: Which. grouping: Its rows. x: As sorted by it. out: To fill. stay: Experts not to be evicted.
         slots: Missing experts that get slots, in order. passing: Missing experts that go through staging.
-        cause: Why they are copied.
+        streamed: Copies into staging that had begun before. cause: Why the others are copied.
     """
 
     def __init__(
@@ -225,14 +242,14 @@ class _Pass:
         stay: set[int],
         slots: Sequence[int],
         passing: Sequence[int],
+        streamed: Sequence[Copy],
         cause: Cause,
     ) -> None:
         self._layer, self._spans, self._x, self._out, self._cause = layer, grouping.spans, x, out, cause
         self._ranked, self._stay = grouping.ranked, stay
         self._spared = {*stay, *grouping.ranked}  # what is wanted and leaves is spared until it was computed
         self._slots, self._passing = deque(slots), deque(passing)
-        self._staging = deque(layer._bank.staging)
-        self._pending: deque[Copy] = deque()
+        self._pending: deque[Copy] = deque(streamed)
 
     def run(self) -> None:
         """Everything. Copies queue up first, then what is there is computed, then what arrives, as it arrives."""
@@ -260,9 +277,15 @@ class _Pass:
     def _launch(self) -> None:
         """Queue the copies that there is room for."""
         layer = self._layer
-        while self._passing and self._staging:
-            slab = self._staging.popleft()
-            self._pending.append(layer._submit(self._passing[0], slab, self._cause))
+        while self._passing:
+            slab = layer.staging.take()
+            if slab is None:
+                break
+            try:
+                self._pending.append(layer._submit(self._passing[0], slab, self._cause))
+            except BaseException:
+                layer.staging.give(slab)
+                raise
             self._passing.popleft()
         while self._slots:
             copy = layer._fetch(self._slots[0], self._spared, self._cause)
@@ -281,15 +304,18 @@ class _Pass:
         layer.mark(slab for _, slab in experts)
         for expert, slab in experts:
             if slab.staged:
-                self._staging.append(slab)
+                layer.staging.give(slab)
             elif expert not in self._stay:
                 self._spared.discard(expert)
         if self._slots or self._passing:
             self._launch()
+        layer.stream.fill()
 
     def _abandon(self) -> None:
         """After an error: withdraw what has not begun. Copies into staging end before the next ones begin, by order."""
         layer = self._layer
-        for _, _, ticket in self._pending:
+        for _, slab, ticket in self._pending:
             layer._link.cancel(ticket)
+            if slab.staged:
+                layer.staging.give(slab)
         layer.settle()

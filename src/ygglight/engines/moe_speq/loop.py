@@ -44,7 +44,8 @@ class Loop:
     Args:
         decoder: Of the model. runtime: Whose experts it runs with. drawing: From logits to tokens.
         stopping: Ends the text. choose: Tokens to draft in the coming cycle, given the most that make sense.
-        cap: Bytes that may be sent ahead in the coming cycle; 0: nothing is.
+        cap: Bytes that may be sent ahead in the coming cycle; 0: nothing is. to_slots: Of them, those that go to slots
+            while tokens are drafted; the others come through staging while the target runs.
         pause: Drafted tokens until more is sent ahead, after so many bytes.
         hides: Copies that end while so many more tokens are drafted. watch: Called with every cycle.
     """
@@ -58,12 +59,14 @@ class Loop:
         *,
         choose: Callable[[int], int],
         cap: Callable[[], int],
+        to_slots: Callable[[], int],
         pause: Callable[[int], int],
         hides: Callable[[int], float] = lambda steps: math.inf,
         watch: Sequence[Callable[[Round], None]] = (),
     ) -> None:
         self.decoder, self.runtime, self.drawing, self.stopping = decoder, runtime, drawing, stopping
-        self.choose, self.cap, self.pause, self.hides, self.watch = choose, cap, pause, hides, watch
+        self.choose, self.cap, self.to_slots, self.pause, self.hides = choose, cap, to_slots, pause, hides
+        self.watch = watch
         self.report = Report(generations=1)
         self.text: list[int] = []
         self._padding = 0
@@ -102,7 +105,7 @@ class Loop:
         with clock.stage("draft"):
             drafted, q = self._draft(text, k)
         drafting = time.perf_counter() - started
-        with clock.stage("verify"), self.runtime.window(prefill=False):
+        with clock.stage("verify"), self.runtime.window(prefill=False, stream=self.cap() if k else 0):
             nodes = torch.cat([text[-1:], drafted])
             places = torch.arange(len(nodes), device=nodes.device)
             step = self.decoder.nodes(nodes, places, places, places[:, None] >= places[None, :])
@@ -132,7 +135,7 @@ class Loop:
         """
         drafted: list[Tensor] = []
         distributions: list[Tensor] = []
-        cap = self.cap() if k else 0
+        cap, stream = (self.to_slots(), self.cap()) if k else (0, 0)
         following = observed_steps(k)  # the first routes alone would choose too narrowly
         places = torch.arange(k, device=text.device)  # at once: to bring a number to a GPU is to wait for it
         token, self.decoder.replays = text[-1:], True
@@ -146,8 +149,8 @@ class Loop:
                 drafted.append(token)
                 if q is not None:
                     distributions.append(q)
-                if cap > 0 and (done + 1 >= following or done + 1 == k):
-                    sent = self.runtime.prefetch(cap, 1 + self.hides(k - done - 1))
+                if stream > 0 and (done + 1 >= following or done + 1 == k):
+                    sent = self.runtime.prefetch(cap, 1 + self.hides(k - done - 1), stream)
                     cap -= sent
                     following = done + 1 + self.pause(sent)
         finally:

@@ -1,9 +1,11 @@
 """What a cycle of drafting and verifying takes on this machine.
 
-    T(k) = k * T_draft + T_verify(k + 1) + (missing experts - those that drafting hid) * T_copy
+    T(k) = k T_draft + max(T_verify(k + 1) + unforeseen T_copy, (missing - ahead) T_copy)
 
-A sum, where a roofline would have the larger of computing and copying: which experts a layer misses is known when its
-router has run, and the layers behind it wait. What overlaps a copy is the work on the layer's other experts alone.
+Of the experts that are missing when the cycle begins, ``ahead`` are copied while tokens are drafted, as many as there
+are places for. The draft has named nearly all others, and they come while the target computes; the few that it has not
+named are known when their layer's router has run, and the layer waits. Without a draft that is true of all: then the
+larger of computing and copying would be too good a promise, and what counts is the sum.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ class Machine:
         expert: Seconds more for each other expert that a layer computes.
         copy: Seconds a copy of one expert.
         layers: Sparse layers. top_k: Experts a token and layer.
-        hideable: Most copies a cycle that may be sent ahead; 0: none is.
+        slots: Of a layer, beside a draft. staging: Slabs beside those.
+        ahead: Most copies a cycle that may be sent ahead; 0: none is.
     """
 
     draft_token: float
@@ -36,7 +39,9 @@ class Machine:
     copy: float
     layers: int
     top_k: int
-    hideable: float = math.inf
+    slots: int
+    staging: int
+    ahead: float = math.inf
 
     def at(self, copy: float, draft_token: float) -> Machine:
         """The same machine with other times for a copy and for a drafted token."""
@@ -60,9 +65,12 @@ class Machine:
             foreseen: Part of the missing ones that the draft's routes name.
         """
         total = self.layers * missing
+        known = min(self.ahead, foreseen * total) if k else 0.0
         window = (k - observed_steps(k)) * self.draft_token if k else 0.0
-        hidden = min(window / self.copy if self.copy else math.inf, self.hideable, foreseen * total)
-        return k * self.draft_token + self.verifying(k + 1, unique) + (total - hidden) * self.copy
+        places = self.layers * max(0.0, self.slots - (unique - missing)) + self.staging
+        early = min(known, places, window / self.copy if self.copy else math.inf)
+        computing, copying = self.verifying(k + 1, unique), (total - early) * self.copy
+        return k * self.draft_token + max(computing + (total - known) * self.copy, copying)
 
 
 def between(table: Mapping[int, float], n: int) -> float:

@@ -16,6 +16,7 @@ from ygglight.engines.moe_speq.link import CLOSED, Link, Source, open_link
 from ygglight.engines.moe_speq.lookahead import Counts, LayerView, Lookahead, plan_prefetch
 from ygglight.engines.moe_speq.slots import SlotBank
 from ygglight.engines.moe_speq.stats import Stats
+from ygglight.engines.moe_speq.stream import Staging, Stream
 
 if TYPE_CHECKING:
     from ygglight.engines.moe_speq.draft import DraftExperts
@@ -64,7 +65,13 @@ class Runtime:
         self._bank = SlotBank([site.layout for site in sites], slots, staging, self.device)
         self._link = link = link or open_link(store, self.device)
         self.stats = Stats(len(sites), experts, link.traffic, widths)
-        self._layers = [SparseLayer(i, site, self._bank, link, self.stats) for i, site in enumerate(sites)]
+        staging_slabs, layers = Staging(self._bank.staging), list[SparseLayer]()
+        self._stream = stream = Stream(
+            (site.layout for site in sites), link, staging_slabs, lambda layer, expert: expert in layers[layer].cache
+        )
+        for index, site in enumerate(sites):
+            layers.append(SparseLayer(index, site, self._bank, link, self.stats, staging_slabs, stream))
+        self._layers = layers
         self._lookahead = Lookahead(len(sites), experts, self.device)
         self._mode = _Mode.TARGET
         self._drawn: Counts | None = None
@@ -75,6 +82,11 @@ class Runtime:
     def slots(self) -> int:
         """Experts a layer on the device."""
         return self._bank.slots
+
+    @property
+    def staging(self) -> int:
+        """Slabs for all layers, beside the slots."""
+        return len(self._bank.staging)
 
     @property
     def nbytes(self) -> int:
@@ -130,30 +142,45 @@ class Runtime:
             self._mode = before
 
     @contextmanager
-    def window(self, *, prefill: bool) -> Iterator[None]:
+    def window(self, *, prefill: bool, stream: int = 0) -> Iterator[None]:
         """Within: one target pass. After it, what was noted is forgotten and no prefetch is left in the queue.
 
         Args:
             prefill: A prompt, which wants nearly all experts: they stream through staging and evict nothing.
+            stream: Bytes at most of what the draft has chosen that may come through staging while the pass runs.
         """
         before, self._mode = self._mode, _Mode.PREFILL if prefill else _Mode.TARGET
         if not (prefill or self._lookahead.empty):
             self._drawn = self._lookahead.read()
         try:
+            if self._drawn is not None and stream > 0:
+                self._stream.plan(self._to_stream(self._drawn, stream))
             yield
         finally:
             self._mode, self._drawn = before, None
+            self._stream.end()
             self._lookahead.clear()
             for layer in self._layers:
                 layer.withdraw()
 
-    def prefetch(self, cap: int, most: float = math.inf) -> int:
+    def _to_stream(self, drawn: Counts, cap: int) -> Iterator[tuple[int, int]]:
+        """What was chosen and is not there, in the order of the layers, those that most tokens chose first."""
+        for number, (layer, chosen) in enumerate(zip(self._layers, drawn, strict=True)):
+            for expert in sorted(chosen, key=chosen.__getitem__, reverse=True):
+                if expert not in layer.cache:
+                    cap -= layer.layout.nbytes
+                    if cap < 0:
+                        return
+                    yield number, expert
+
+    def prefetch(self, cap: int, most: float = math.inf, stream: int = 0) -> int:
         """Send ahead what the draft has chosen since the last window and is missing; take back what it has not.
 
         Args:
             cap: Bytes at most.
             most: Copies sent ahead and not there yet, earlier ones included, at most. A copy that only waits has thrown
                 somebody out already, and is taken back when the window begins.
+            stream: See :meth:`window`; what finds no slot begins to come through staging, as far as there is any.
 
         Returns:
             Bytes queued.
@@ -172,7 +199,7 @@ class Runtime:
         for index, expert in plan_prefetch(counts, views, cap):
             if self._layers[index].prefetch(expert, spared[index]):
                 sent += views[index].nbytes
-        return sent
+        return sent + self._stream.plan(self._to_stream(counts, stream)) * views[0].nbytes
 
     def committed(self, rows: int) -> None:
         """Tell the statistics how many rows of the last window became text, for what plain decoding would do.

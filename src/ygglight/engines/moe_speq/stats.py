@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from ygglight.engines.moe_speq.link import Cause, Traffic
-from ygglight.engines.moe_speq.reuse import ReuseDistances, WindowReuse
+from ygglight.engines.moe_speq.reuse import WindowReuse
 
 
 class Stats:
@@ -35,16 +35,20 @@ class Stats:
         self.hits = [0] * layers
         self.late = [0] * layers
         self.unused = [0] * layers
-        """Prefetched for a pass that then did not want it."""
+        """Prefetched into a slot for a pass that then did not want it."""
+        self.streamed = [0] * layers
+        """Brought through staging for a pass, as far as the copy had begun when the layer ran."""
+        self.in_vain = [0] * layers
+        """Of those, what the pass did not want."""
         self.evicted = [0] * layers
         """Prefetched and thrown out before any pass wanted it."""
+        self.ahead = [0] * layers
+        """Wanted by a pass, and there or under way for it because it was sent ahead."""
         self.displaced = [0] * layers
         """Thrown out by a prefetch for a pass that then wanted it: nothing was gained."""
         self._foreseen = [0] * layers  # of what was wanted after a draft
         self._wanted = [0] * layers  # after a draft
         self._drawn = [0] * layers  # by drafts
-        self.passes = ReuseDistances(layers, experts)
-        """Reuse from pass to pass: predicts the misses of these same passes without prefetching, for any slots."""
         self.text = WindowReuse(layers, experts, self.widths)
         """Reuse along the text: predicts passes of other widths, if the loop says what it kept."""
 
@@ -58,7 +62,6 @@ class Stats:
         self.requests[layer] += len(ranked)
         self.late[layer] += late
         self.hits[layer] += len(ranked) - late - misses
-        self.passes.observe(layer, ranked)
 
     def prompt(self, layer: int, ranked: Sequence[int]) -> None:
         """A prompt wants experts of a layer: no request, but they may be there when decoding begins.
@@ -66,7 +69,6 @@ class Stats:
         Args:
             layer: See :meth:`demand`. ranked: See :meth:`demand`.
         """
-        self.passes.warm(layer, ranked)
         self.text.warm(layer, ranked)
 
     def compare(self, layer: int, drawn: Collection[int], wanted: Collection[int]) -> None:
@@ -104,7 +106,8 @@ class Stats:
         requests, hits, late = sum(self.requests), sum(self.hits), sum(self.late)
         return Counter(
             requests=requests, hits=hits, late=late, misses=requests - hits - late,
-            prefetched=self.traffic.copies[Cause.PREFETCH], unused=sum(self.unused), evicted=sum(self.evicted),
+            prefetched=self.traffic.copies[Cause.PREFETCH], unused=sum(self.unused) + sum(self.in_vain),
+            evicted=sum(self.evicted),
         )  # fmt: skip
 
     @property
