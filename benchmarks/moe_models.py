@@ -7,7 +7,7 @@ import gc
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
@@ -17,11 +17,13 @@ from torch import Tensor
 from benchmarks.harness import BadInput, Skip
 from ygglight.compat import transformers as hf
 from ygglight.data import assets
-from ygglight.data.documents import read_prompts
+from ygglight.data.documents import find_sources, read_prompts
+from ygglight.data.tokens import tokenize
 from ygglight.demos.moe_speq import DENSE, copies
 from ygglight.engines.moe_speq.config import STAGING
 from ygglight.engines.moe_speq.draft import DraftExperts
 from ygglight.engines.moe_speq.layout import Site, find_sites
+from ygglight.engines.moe_speq.quantize import Calibration, record
 from ygglight.engines.moe_speq.stores import ExpertStore, store_for
 from ygglight.kernels import _dispatch
 
@@ -34,6 +36,8 @@ TINY: dict[str, Any] = {
     "initializer_range": 0.2, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
     "tie_word_embeddings": False,
 }  # fmt: skip
+CALIBRATION = 8192
+"""Tokens of text for GPTQ, as `ygglight convert moe-draft` takes."""
 PROMPT = "Question: {}\nAnswer:"
 """As the model was trained."""
 
@@ -65,12 +69,13 @@ class Case:
 
 
 _SLOW = Case(COPIES, "bfloat16", 2, 0.25e9, 3e-4)
+_FAST = replace(_SLOW, bandwidth=4e9, latency=1e-4)
 CASES = {
     "quick": Case("tiny", "float32", 2, 50e6, 1e-4, tokens=12, shortest=16, hooked=3),
-    "fast": replace(_SLOW, bandwidth=2e9),
+    "fast": _FAST,
     "slow": _SLOW,
     "large": replace(_SLOW, slots=5),
-    "noisy": replace(_SLOW, noise=1.0),
+    "noisy": replace(_FAST, noise=1.0),
     "mixture": replace(_SLOW, model=MODEL),
     "disk": replace(_SLOW, model=MODEL, bandwidth=None, latency=0.0, disk=True),
 }
@@ -80,14 +85,19 @@ DEFAULTS = ("fast", "slow", "large", "noisy", "mixture", "disk")
 def cases(quick: bool, name: str | None) -> tuple[str, ...]:
     """Names of the cases to run.
 
+    Args:
+        quick: The smallest. name: Of one, or several with commas between them.
+
     Raises:
         BadInput: there is no such case; the text lists those that there are.
     """
     if name is None:
         return ("quick",) if quick else DEFAULTS
-    if name not in CASES:
-        raise BadInput(f"no size {name!r}; there are: {', '.join(CASES)}")
-    return (name,)
+    names = tuple(name.split(","))
+    for each in names:
+        if each not in CASES:
+            raise BadInput(f"no size {each!r}; there are: {', '.join(CASES)}")
+    return names
 
 
 class Subject:
@@ -120,9 +130,15 @@ class Subject:
 
     @cached_property
     def draft(self) -> DraftExperts:
-        """In four bits, by rounding."""
-        store = self.store if not self.case.noise else NoisyStore(self.store, self.sites, self.case.noise)
-        return DraftExperts.build(self.sites, store, device="cpu")
+        """In four bits, by GPTQ, which takes minutes: made once a model. One with noise is rounded to nearest."""
+        case, sites = self.case, self.sites
+        if case.noise:
+            return DraftExperts.build(sites, NoisyStore(self.store, sites, case.noise), device="cpu")
+        key = case.model, case.dtype
+        if key not in _DRAFTS:
+            calibration = None if case.model == "tiny" else _calibrate(self.model, case.model)
+            _DRAFTS[key] = DraftExperts.build(sites, self.store, device="cpu", calibration=calibration)
+        return _DRAFTS[key]
 
     @cached_property
     def loop_draft(self) -> DraftExperts:
@@ -228,6 +244,13 @@ def _copies(case: Case, count: int) -> tuple[Any, list[Tensor]]:
     return _greedy(model), _long(prompts, case, count)
 
 
+def _calibrate(model: Any, name: str) -> Calibration:
+    tokenizer = hf.load_tokenizer(assets.resolve_model(DENSE if name == COPIES else name))
+    text = tokenize(find_sources("gsm8k"), tokenizer, CALIBRATION).tokens[:CALIBRATION].astype("int64")
+    blocks = torch.from_numpy(text).view(-1, 512)
+    return record(find_sites(model), (partial(model, input_ids=block[None], use_cache=False) for block in blocks))
+
+
 def _greedy(model: Any) -> Any:
     model.generation_config.do_sample = False
     for name in ("temperature", "top_p", "top_k"):  # they would only be warned about
@@ -250,3 +273,4 @@ def _tiny(case: Case, count: int) -> tuple[Any, list[Tensor]]:
 
 
 _MODELS = {"tiny": _tiny, COPIES: _copies}
+_DRAFTS: dict[tuple[str, str], DraftExperts] = {}

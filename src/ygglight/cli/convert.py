@@ -15,7 +15,7 @@ from ygglight.data.documents import find_sources
 from ygglight.data.tokens import tokenize
 from ygglight.engines.memory.sizes import format_bytes
 from ygglight.engines.moe_speq.checkpoint import load_without_experts
-from ygglight.engines.moe_speq.config import Config
+from ygglight.engines.moe_speq.config import STAGING, Config
 from ygglight.engines.moe_speq.draft import DraftExperts
 from ygglight.engines.moe_speq.engine import Engine
 from ygglight.engines.moe_speq.layout import find_sites
@@ -90,7 +90,7 @@ def _calibrate(model: Any, store: Any, directory: Path, sources: list[Any], toke
 
     text = torch.from_numpy(tokenize(sources, load_tokenizer(directory), tokens).tokens[:tokens].astype("int64"))
     sites = find_sites(model)
-    budget = (len(sites) + 2) * store.nbytes
+    budget = (len(sites) + STAGING) * store.nbytes
     engine = Engine(model, Config(budget, draft_bits=None), store=store).attach()
     try:
         return record(sites, _passes(model, text), tokens)
