@@ -28,11 +28,11 @@ class MoESpeQStrategy(GeneratingStrategy):
         expert_budget: Device memory for routed experts, as "8GiB" or in bytes: the draft, the slots of the cache and
             the staging buffers together; several models share it. "auto": what the device has free once the rest of
             the model is there, less a tenth.
-        k: Tokens to draft a cycle: ``auto`` measures this machine and chooses as it goes, 0 (no drafting) among the
-            choices; or a fixed number.
+        k: Tokens to draft a cycle: ``auto`` measures this machine and chooses as it goes, and has a draft only while
+            that is better than a larger cache; or a fixed number, with a draft from the beginning.
         k_max: Most tokens that ``auto`` drafts.
         draft_bits: 4: a copy of the experts in four bits drafts; null: no draft, all memory is cache.
-        draft: A file that ``ygglight convert moe-draft`` wrote; null: the draft is made by rounding at the start.
+        draft: A file that ``ygglight convert moe-draft`` wrote; null: made by rounding when wanted.
         experts: Where all experts are kept: ``host``, ``disk``, or ``auto`` (host memory beside a GPU, else disk).
         path: Of the file, for experts on disk; by default in ygglight's cache folder.
         drop_cache: Read experts from the disk itself, past the operating system's cache in memory.

@@ -24,8 +24,8 @@ class Config:
         expert_budget: Device memory that routed experts may take, in bytes or as "8GiB": the draft's copies, the slots
             of the cache and the staging buffers together. Everything else (attention, shared experts, KV cache) comes
             on top.
-        k: Tokens to draft a cycle: "auto" measures this machine and chooses as it goes, 0 among the choices; or a fixed
-            number.
+        k: Tokens to draft a cycle: "auto" measures this machine and chooses as it goes, and has a draft only while that
+            is better than a larger cache; or a fixed number, with a draft from the beginning.
         k_max: Most tokens that "auto" drafts.
         max_cycle_seconds: "auto" drafts so few tokens that a cycle is thought to take no longer; None: any time.
         draft_bits: 4: a copy of the experts in four bits drafts; None: no draft, and all memory is cache.
@@ -39,7 +39,7 @@ class Config:
             device is itself the host.
         path: Of that file; None: in ygglight's cache folder. drop_cache: Read it past the page cache, as from a disk
             that is larger than the memory.
-        draft: File of a draft that was made before; None: one is made at the start, by rounding.
+        draft: File of a draft that was made before; None: one is made when it is wanted, by rounding.
         device: Where the model runs; all of it but the experts is moved there. None: where it is.
         max_tokens: Longest text, prompt and answer together; None: whatever is asked for.
         profile_seconds: Most time spent on measuring what drafting and verifying take, once a machine and model.
