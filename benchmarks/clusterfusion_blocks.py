@@ -19,7 +19,7 @@ from ygglight.kernels.cluster_decode import (
     decode_block_reference,
     latent_block,
 )
-from ygglight.kernels.cluster_decode.mla import LatentSpec, LatentWeights, absorb, latent_block_reference
+from ygglight.kernels.cluster_decode.mla import LatentSpec, LatentWeights, latent_block_reference, split_kv_b
 from ygglight.kernels.cluster_decode.testing import make_spec
 
 SHAPES: dict[str, BlockSpec | LatentSpec] = {
@@ -230,7 +230,7 @@ def latent_step(
     latent = rms(latent, weights.kv_a_norm, spec.latent_eps)
     key_rope, query_rope = _turn_pairs(key_rope, cos, sin), _turn_pairs(query_rope, cos[:, None], sin[:, None])
     cache.index_copy_(1, slot, torch.cat((latent, key_rope), -1)[:, None])
-    up, down = absorb(weights.kv_b, spec)
+    up, down = split_kv_b(weights.kv_b, spec)
     wide = torch.cat((torch.einsum("bhn,hnl->bhl", query_nope, up), query_rope), -1)
     seen = cache[:, : length + 1]
     chances = torch.softmax((wide @ seen.mT).float() * spec.scale, -1).to(x.dtype)

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache
 from ygglight.engines.decode import Decoder, fusion
 from ygglight.engines.decode.fused import FusedAttention, fusable
 from ygglight.kernels.cluster_decode import decode_block
-from ygglight.kernels.cluster_decode.mla import absorb
+from ygglight.kernels.cluster_decode.mla import split_kv_b
 
 from .test_fused import generate
 
@@ -131,7 +131,7 @@ def wrong(change: str) -> Any:
     """A block in which half of the absorbed weights, the rotated part or the scale is not what it should be."""
 
     def block(x: Tensor, weights: Any, spec: Any, cos: Tensor, sin: Tensor, *rest: Any, **named: Any) -> Tensor:
-        up, down = absorb(weights.kv_b, spec)
+        up, down = split_kv_b(weights.kv_b, spec)
         if change == "up":
             weights = replace(weights, kv_b=torch.cat((up.roll(1, 0), down), 1).flatten(0, 1))
         elif change == "down":

@@ -87,11 +87,13 @@ def decode_block(
         ValueError: shapes, dtypes or devices do not fit, or a gradient would be needed.
         RuntimeError: YGGLIGHT_KERNELS=triton where no kernel can run.
     """
-    if isinstance(spec, LatentSpec) or isinstance(weights, LatentWeights):
-        return _latent(
+    if isinstance(spec, LatentSpec) and isinstance(weights, LatentWeights):
+        return latent_block(
             x, weights, spec, cos, sin, keys, values, lengths, new_keys, new_values, mask=mask, slots=slots,
             blocks=blocks,
         )  # fmt: skip
+    if isinstance(spec, LatentSpec) or isinstance(weights, LatentWeights):
+        raise ValueError(f"a {type(spec).__name__} does not go with {type(weights).__name__}: give both of one kind")
     if torch.compiler.is_compiling():
         return _operation(
             x, weights, spec, cos, sin, keys, values, lengths, new_keys, new_values, mask, slots, blocks
@@ -111,7 +113,6 @@ def decode_block(
 
 
 _operation = Operation(decode_block)
-_latent: Callable[..., Tensor] = latent_block
 
 
 def block_ways(device: torch.device) -> tuple[dict[str, Callable[..., Tensor]], str]:

@@ -71,7 +71,7 @@ class LatentWeights:
     o_bias: Tensor | None = None
 
 
-def absorb(kv_b: Tensor, spec: LatentSpec) -> tuple[Tensor, Tensor]:
+def split_kv_b(kv_b: Tensor, spec: LatentSpec) -> tuple[Tensor, Tensor]:
     """The two halves of ``kv_b``: ``[heads, nope_dim, latent]`` for queries, ``[heads, value_dim, latent]``; views.
 
     Args:
@@ -111,14 +111,14 @@ def latent_block_reference(
     def project(state: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(state, weight.to(work), None if bias is None else bias.to(work))
 
-    normed = _rms_norm(x.to(work), weights.norm, spec.eps)
+    normed = rms_norm(x.to(work), weights.norm, spec.eps)
     query = normed
     if weights.q_a is not None and weights.q_a_norm is not None:
-        query = _rms_norm(project(normed, weights.q_a, weights.q_a_bias), weights.q_a_norm, spec.latent_eps)
+        query = rms_norm(project(normed, weights.q_a, weights.q_a_bias), weights.q_a_norm, spec.latent_eps)
     query = project(query, weights.q).view(batch, spec.heads, spec.nope_dim + spec.rope_dim)
     query_nope, query_rope = query.split([spec.nope_dim, spec.rope_dim], dim=-1)
     latent, key_rope = project(normed, weights.kv_a, weights.kv_a_bias).split([spec.latent, spec.rope_dim], dim=-1)
-    latent = _rms_norm(latent, weights.kv_a_norm, spec.latent_eps).to(x.dtype)
+    latent = rms_norm(latent, weights.kv_a_norm, spec.latent_eps).to(x.dtype)
     key_rope = turn(key_rope[:, None], cos, sin, spec.rotary)[:, 0].to(x.dtype)
     query_rope = turn(query_rope, cos, sin, spec.rotary)
 
@@ -128,7 +128,7 @@ def latent_block_reference(
         torch.cat((cached.masked_fill(~seen[..., None], 0.0), new[:, None]), dim=1).to(work)
         for cached, new in ((latents, latent), (rotated, key_rope))
     )
-    up, down = (half.to(work) for half in absorb(weights.kv_b, spec))
+    up, down = (half.to(work) for half in split_kv_b(weights.kv_b, spec))
     absorbed = torch.einsum("bhn,hnl->bhl", query_nope, up)
     scores = (absorbed @ all_latents.mT + query_rope @ all_rotated.mT) * spec.scale
     if mask is not None and mask.dtype is not torch.bool:
@@ -139,8 +139,14 @@ def latent_block_reference(
     return project(attended.flatten(1).to(x.dtype).to(work), weights.o, weights.o_bias).to(x.dtype)
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The norm over the last dimension in float32 (float64 for float64), rounded once, to the dtype of ``x``.
+
+    Args:
+        x: ``[..., size]``. weight: ``[size]``. eps: added to the mean square.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary) -> Tensor:

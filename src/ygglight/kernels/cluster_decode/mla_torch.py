@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ygglight.kernels.cluster_decode.mla import LatentSpec, LatentWeights, absorb, append, attended_slots, turn
+from ygglight.kernels.cluster_decode.mla import (
+    LatentSpec,
+    LatentWeights,
+    append,
+    attended_slots,
+    rms_norm,
+    split_kv_b,
+    turn,
+)
 
 _PIECE = 512
 """Tokens whose latents are widened at once: 1 MiB in DeepSeek's sizes."""
@@ -41,19 +49,19 @@ def latent_block_torch(
             finite numbers: what is not attended to is multiplied by zero.
     """
     batch, work = len(x), torch.promote_types(x.dtype, torch.float32)
-    normed = _rms_norm(x, weights.norm, spec.eps)
+    normed = rms_norm(x, weights.norm, spec.eps)
     query = normed
     if weights.q_a is not None and weights.q_a_norm is not None:
-        query = _rms_norm(F.linear(normed, weights.q_a, weights.q_a_bias), weights.q_a_norm, spec.latent_eps)
+        query = rms_norm(F.linear(normed, weights.q_a, weights.q_a_bias), weights.q_a_norm, spec.latent_eps)
     query = F.linear(query, weights.q).view(batch, spec.heads, spec.nope_dim + spec.rope_dim)
     query_nope, query_rope = query.split([spec.nope_dim, spec.rope_dim], dim=-1)
     latent, key_rope = F.linear(normed, weights.kv_a, weights.kv_a_bias).split([spec.latent, spec.rope_dim], dim=-1)
-    latent = _rms_norm(latent, weights.kv_a_norm, spec.latent_eps)
+    latent = rms_norm(latent, weights.kv_a_norm, spec.latent_eps)
     cos, sin = cos.to(work)[:, None], sin.to(work)[:, None]
     query_rope = turn(query_rope.to(work), cos, sin, spec.rotary).to(x.dtype)
     key_rope = turn(key_rope.to(work)[:, None], cos, sin, spec.rotary).to(x.dtype)[:, 0]
 
-    up, down = absorb(weights.kv_b, spec)
+    up, down = split_kv_b(weights.kv_b, spec)
     absorbed = torch.bmm(query_nope.transpose(0, 1), up).transpose(0, 1)  # [B, heads, latent]
     # `bmm` and not `@`: of a batch of one `@` takes a path that is 15 times slower in bfloat16 (torch 2.13, Zen 5).
     scores = _products(absorbed, latents, work) + _products(query_rope, rotated, work)
@@ -82,8 +90,3 @@ def _products(query: Tensor, states: Tensor, work: torch.dtype) -> Tensor:
     # No such product on a CPU (torch 2.13): the cache is widened in pieces that stay in the processor's cache.
     wide = query.to(work)
     return torch.cat([torch.bmm(wide, part.to(work).mT) for part in states.split(_PIECE, dim=1)], dim=-1)
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
