@@ -24,8 +24,10 @@ class KernelInfo:
     """What one operation runs, for `ygglight doctor`.
 
     Args:
-        name: the operation, as its folder is called.
-        implementation: "triton", "reference" (plain torch twin) or "torch" (an operation that has no kernel).
+        name: the operation, as its folder is called (or one of two in a folder: `latent_decode` is in
+            `cluster_decode`).
+        implementation: "triton", "reference" (plain torch twin) or "torch" (an operation that has no kernel, or whose
+            torch path is made to be fast and is not the reference).
         reason: one line that says why.
     """
 
@@ -42,9 +44,10 @@ def register(name: str, *, has_kernel: bool, describe: Callable[[KernelInfo], Ke
     """Names an operation; called once by each operation's package when it is imported.
 
     Args:
-        name: the operation, as its folder is called.
+        name: the operation, as its folder is called (or one of two in a folder).
         has_kernel: whether a Triton kernel exists beside the plain torch code.
-        describe: says in the list which of several kernels it would be; it may raise ValueError.
+        describe: says in the list which of several kernels it would be; it may raise ValueError or RuntimeError, whose
+            text is the reason then.
     """
     _has_kernel[name] = has_kernel
     if describe is not None:

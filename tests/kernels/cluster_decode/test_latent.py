@@ -9,8 +9,16 @@ import pytest
 import torch
 
 from ygglight.kernels import _dispatch, list_kernels
-from ygglight.kernels.cluster_decode import LatentSpec, choose_path, decode_block, latent_block, latent_ways
+from ygglight.kernels.cluster_decode import (
+    BlockWeights,
+    LatentSpec,
+    choose_path,
+    decode_block,
+    latent_block,
+    latent_ways,
+)
 from ygglight.kernels.cluster_decode.mla import latent_block_reference
+from ygglight.kernels.cluster_decode.testing import make_spec
 from ygglight.kernels.testing import rms_ratio
 
 from .test_choose import machine  # noqa: F401
@@ -99,6 +107,7 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("YGGLIGHT_CLUSTER_DECODE", word)
         assert list(latent_ways(CUDA)[0]) == ways
         assert list(latent_ways(CPU)[0]) == (["torch"] if word == "torch" else [])
+        assert word != "split_k" or all("no split-K" in latent_ways(device)[1] for device in (CUDA, CPU))
     with pytest.raises(RuntimeError, match="latent attention has no split-K"):
         choose_path(LITE, torch.bfloat16, CUDA)
     monkeypatch.setenv("YGGLIGHT_CLUSTER_DECODE", "cluster")
@@ -134,6 +143,13 @@ def test_blocks_are_handed_on(monkeypatch: pytest.MonkeyPatch, blocks: int | Non
     arguments = finite(sample(SMALL, [3], 4))
     run(decode_block_of_latents, arguments, blocks=blocks)
     assert seen == ([] if blocks == 0 else [blocks])
+
+
+def test_spec_and_weights_of_two_kinds_are_refused() -> None:
+    arguments = finite(sample(ODD, [3], 4, dtype=torch.float32))
+    for other in ({"spec": make_spec(2, 2, 16, 48)}, {"weights": BlockWeights(*[torch.zeros(1)] * 5)}):
+        with pytest.raises(ValueError, match="give both of one kind"):
+            decode_block_of_latents(**arguments | other, new_latents=torch.zeros(1), new_rotated=torch.zeros(1))
 
 
 def decode_block_of_latents(**arguments: Any) -> Any:

@@ -28,11 +28,13 @@ class Place:
     """One layer's cache as a decode block takes it.
 
     Args:
-        keys: ``[B, kv_heads, C, D]``, a view. values: the same.
+        keys: ``[B, kv_heads, C, D]``, a view. values: the same; of latent attention ``[B, 1, C, latent]`` are keys and
+            ``[B, 1, C, rope_dim]``, the rotated key parts, values.
         mask: ``[B or 1, C]`` or None.
         store: The whole keys and values to write to, at ``slots``; None where ``finish`` takes new tensors.
         slots: int64 ``[B]`` on the device, or None.
-        finish: To be called with the new keys and values, ``[B, kv_heads, 1, D]``, once the block has run.
+        finish: To be called with the new keys and values, ``[B, kv_heads, 1, D]`` (or as above), once the block
+            has run.
     """
 
     keys: Tensor

@@ -40,7 +40,8 @@ class Choice:
     """What runs.
 
     Args:
-        path: "cluster" (one kernel on thread-block clusters), "split_k" (plain Triton) or "torch" (the reference).
+        path: "cluster" (one kernel on thread-block clusters), "split_k" (plain Triton) or "torch" (the reference; of
+            latent attention a faster form of it, `mla_torch`).
         reason: One line that says why.
     """
 
@@ -105,6 +106,8 @@ def possible_paths(device: torch.device, *, latent: bool = False) -> tuple[tuple
     plain: tuple[Path, ...] = ("torch",) if latent else ()
     if wish == "torch":
         return plain, f"{ENVIRONMENT_VARIABLE}=torch"
+    if latent and wish == "split_k":
+        return (), f"{ENVIRONMENT_VARIABLE}=split_k, and {_NO_SPLIT_K}"
     info = _dispatch.implementation("cluster_decode", device.type)
     if info.implementation != "triton":
         return tuple(path for path in plain if wish in ("auto", path)), info.reason
@@ -191,8 +194,9 @@ def _wish() -> str:
 
 
 def _why_no_kernel(spec: BlockSpec | LatentSpec, dtype: torch.dtype) -> str | None:
+    """Why no Triton kernel has such a block; what the cluster kernel of latent attention takes, is asked elsewhere."""
     if dtype is torch.float64:
-        return "float64 is the reference's alone"
+        return "float64 is plain torch's alone"
     if isinstance(spec, LatentSpec):
         return None
     if spec.head_dim > MAX_HEAD_DIM:
