@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,8 +37,8 @@ TINY: dict[str, Any] = {
     "initializer_range": 0.2, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
     "tie_word_embeddings": False,
 }  # fmt: skip
-CALIBRATION = 8192
-"""Tokens of text for GPTQ, as `ygglight convert moe-draft` takes."""
+CALIBRATION, BLOCK = 8192, 512
+"""Tokens of text for GPTQ, as `ygglight convert moe-draft` takes, and of a pass over it."""
 PROMPT = "Question: {}\nAnswer:"
 """As the model was trained."""
 
@@ -214,11 +215,15 @@ class NoisyStore:
         """Nothing to do."""
 
 
-def _mixture(case: Case, count: int) -> tuple[Any, list[Tensor]]:
+def _found(model: str) -> Path:
     try:
-        directory = assets.resolve_model(case.model)
+        return assets.resolve_model(model)
     except FileNotFoundError as error:
         raise Skip(str(error)) from error
+
+
+def _mixture(case: Case, count: int) -> tuple[Any, list[Tensor]]:
+    directory = _found(case.model)
     model: Any = hf.load_causal_lm(directory, dtype=getattr(torch, case.dtype))
     # A model as small as this one falls into a loop, and a loop asks for the same experts again and again.
     model.generation_config.repetition_penalty = 1.3
@@ -229,7 +234,7 @@ def _mixture(case: Case, count: int) -> tuple[Any, list[Tensor]]:
 
 
 def _copies(case: Case, count: int) -> tuple[Any, list[Tensor]]:
-    directory = assets.resolve_model(DENSE)
+    directory = _found(DENSE)
     dense: Any = hf.load_causal_lm(directory, dtype=torch.float32)
     tokenizer = hf.load_tokenizer(directory)
     questions = read_prompts("gsm8k-test")
@@ -245,9 +250,9 @@ def _copies(case: Case, count: int) -> tuple[Any, list[Tensor]]:
 
 
 def _calibrate(model: Any, name: str) -> Calibration:
-    tokenizer = hf.load_tokenizer(assets.resolve_model(DENSE if name == COPIES else name))
+    tokenizer = hf.load_tokenizer(_found(DENSE if name == COPIES else name))
     text = tokenize(find_sources("gsm8k"), tokenizer, CALIBRATION).tokens[:CALIBRATION].astype("int64")
-    blocks = torch.from_numpy(text).view(-1, 512)
+    blocks = torch.from_numpy(text[: len(text) // BLOCK * BLOCK]).view(-1, BLOCK)
     return record(find_sites(model), (partial(model, input_ids=block[None], use_cache=False) for block in blocks))
 
 

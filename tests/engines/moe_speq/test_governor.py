@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -99,7 +100,7 @@ def brute_force(m: Machine, chances: list[float], unique: float, missing: float,
     copies = missing * m.layers
     named = min(m.ahead, foreseen * copies) if k else 0.0
     left, drafting = named, (k - max(1, k // 5)) * m.draft_token
-    places = m.staging
+    places = m.staging - 1.0
     for _ in range(m.layers):
         places += max(0.0, m.slots - (unique - missing))  # slots whose experts the pass does not want
     while left > 0 and places > 0 and drafting >= m.copy * min(1.0, left, places):
@@ -167,14 +168,15 @@ def test_experts_beyond_those_of_one_token_take_time_too() -> None:
 
 
 def test_what_the_draft_names_comes_while_it_drafts_and_while_the_target_computes() -> None:
-    m = machine(draft_token=1.0, verify={1: 8.0}, expert=0.0, copy=1.0, layers=2, slots=3, staging=1)
+    m = machine(draft_token=1.0, verify={1: 8.0}, expert=0.0, copy=1.0, layers=2, slots=3, staging=2)
     assert m.cycle(0, 3.0, 3.0) == 8 + 6, "a layer learns what it misses when its router has run"
     assert m.cycle(4, 3.0, 3.0, foreseen=0.0) == 4 + 8 + 6
     assert m.cycle(4, 3.0, 3.0) == 4 + 8
     slow = machine(**vars(m) | {"verify": {1: 1.0}})
     assert slow.cycle(4, 3.0, 3.0) == 4 + 3  # observed one token, then three copies; the others hide the target
-    assert slow.cycle(4, 5.0, 3.0) == 4 + 3  # in a slot a layer and the staging slab
+    assert slow.cycle(4, 5.0, 3.0) == 4 + 3  # in a slot a layer and a staging slab
     assert slow.cycle(4, 6.0, 3.0) == 4 + 5, "all slots hold what is wanted: there is only the staging slab"
+    assert machine(**vars(slow) | {"staging": 1}).cycle(4, 6.0, 3.0) == 4 + 1 + 6, "and that one is the pass's"
     assert machine(**vars(m) | {"ahead": 1.0}).cycle(4, 3.0, 3.0) == 4 + 8 + 5
 
 
@@ -331,3 +333,37 @@ def test_a_draft_that_cannot_be_made_is_not_asked_for_again() -> None:
     governor = Governor(m, candidates(8))
     governor.never()
     assert not any(play(governor, World(m, p, rate, alone, power), 300)[0])
+
+
+def test_the_first_cycle_with_a_draft_compiles_and_tells_nothing() -> None:
+    m, p, rate, alone, power = REGIMES["small cache, slow link, experts shared"]
+    world, governor = World(m, p, rate, alone, power), Governor(m, candidates(8))
+    while not governor.drafting:
+        play(governor, world, 1)
+    before = governor.theta(4)
+    governor.observe(replace(world.run(0, True), k=0, accepted=0))  # the last token of a text
+    assert not governor.warm
+    governor.observe(replace(world.run(4, True), seconds=60.0))
+    assert governor.warm and governor.theta(4) > before / 2
+
+
+def test_a_trial_in_a_bad_moment_is_not_the_last() -> None:
+    """Drafting was ten times slower than it is while another process ran; later it would win, and does."""
+    m, p, rate, alone, power = REGIMES["small cache, slow link, experts shared"]
+    world, governor = World(m, p, rate, alone, power), Governor(m, candidates(8))
+    busy = World(replace(m, draft_token=20 * m.draft_token, verify={1: 0.2}), p, rate, alone, power)
+    while not governor.drafting:
+        play(governor, world, 1)
+    while governor.drafting:
+        play(governor, busy, 1)
+    play(governor, world, 6000)
+    assert governor.drafting and governor.k > 4
+
+
+def test_it_says_so_if_drafting_was_never_worth_a_trial() -> None:
+    m, p, rate, alone, power = REGIMES["slow draft"]
+    governor = Governor(m, candidates(8))
+    play(governor, World(m, p, rate, alone, power), SEEN)
+    assert not governor.untried, "too early to say"
+    play(governor, World(m, p, rate, alone, power), VERDICTS * VERDICT_EVERY)
+    assert governor.untried

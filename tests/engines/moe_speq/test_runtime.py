@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -50,7 +51,7 @@ def draw_ahead(runtime: Runtime, layer: int, experts: list[int], cap: int = 1 <<
     with runtime.drafting():
         index = torch.tensor([experts]).T
         runtime.forward(layer, torch.zeros(len(experts), 16), index, torch.ones(len(experts), 1))
-    return runtime.prefetch(cap, stream=stream)
+    return runtime.prefetch(cap, stream=stream)[0]
 
 
 def run(
@@ -93,7 +94,8 @@ def test_output_is_the_same_to_the_bit_whatever_the_slots_hold(slots: int, dtype
         assert out.dtype == dtype
         near = dense(store, these[layer], *batch) if step % 5 == 0 else out.double()
         assert torch.allclose(out.double(), near, rtol=0, atol=1e-5 if dtype is torch.float32 else 0.05)
-    assert part.stats.experts["hits"] > 0 and part.stats.experts["prefetched"] > 0
+    assert part.stats.experts["hits"] > 0
+    assert part.stats.experts["prefetched"] > 0 or slots > 6, "a prompt may have filled more slots with all there is"
 
 
 def test_what_transformers_computes(make: Make) -> None:
@@ -246,7 +248,7 @@ def test_no_prefetch_outlives_its_window(make: Make) -> None:
     store.gate.release(9)
     arrived(runtime)
     assert runtime.stats.traffic.cancelled[Cause.PREFETCH] == 2 and not runtime._layers[2].cache.residents
-    assert runtime.prefetch(1 << 30) == 0  # what was drafted is forgotten
+    assert runtime.prefetch(1 << 30) == (0, 0)  # what was drafted is forgotten
 
 
 def test_cap_and_room_hold(make: Make) -> None:
@@ -255,7 +257,7 @@ def test_cap_and_room_hold(make: Make) -> None:
     runtime = make(store, these, 2, link=InstantLink(store), draft=FakeDraft())
     assert draw_ahead(runtime, 0, [1, 2, 3, 4], cap=store.nbytes) == store.nbytes
     assert draw_ahead(runtime, 0, [1, 2, 3, 4]) == store.nbytes  # one slot is left: no wanted one is evicted for others
-    assert runtime.prefetch(1 << 30) == 0
+    assert runtime.prefetch(1 << 30) == (0, 0)
     assert runtime.stats.experts["evicted"] == 0
 
 
@@ -321,6 +323,52 @@ def test_a_stream_that_fails_or_is_left_costs_nothing_but_time(make: Make) -> No
         raise KeyError("the pass failed before the layer")
     assert torch.equal(run(runtime, 1, batch), out)
     assert torch.equal(run(runtime, 1, choose([4, 5, 6]), prefill=True).isfinite().all(), torch.tensor(True))
+
+
+def test_what_comes_through_staging_is_not_brought_to_a_slot_as_well(make: Make) -> None:
+    these = sites(layers=1)
+    store = Store(these)
+    runtime = make(store, these, 4, staging=4, link=InstantLink(store), draft=FakeDraft())
+    with runtime.drafting():
+        runtime.forward(0, torch.zeros(3, 16), torch.tensor([[1, 2], [1, 3], [1, 4]]), torch.ones(3, 2))
+    slab = store.nbytes
+    assert runtime.prefetch(1 << 30, most=1, stream=1 << 30) == (slab, 3 * slab)  # 1 to a slot, the others to staging
+    assert runtime.prefetch(1 << 30, stream=1 << 30) == (0, 0)
+    run(runtime, 0, choose([1, 2, 3, 4]), stream=1 << 30)
+    assert max(store.reads.values()) == 1 and sum(runtime.stats.ahead) == 4 == runtime.stats.experts["hits"]
+
+
+def test_staging_comes_back_when_computing_fails(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    these = sites()
+    store = Store(these)
+    runtime = make(store, these, 1, staging=1)
+    batch = choose([1, 2, 3])
+    expected = run(runtime, 0, batch)
+    compute = runtime._layers[0]._compute
+    for _ in range(3):
+        runtime.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(compute, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                run(runtime, 0, batch)
+    assert torch.equal(run(runtime, 0, batch), expected)
+
+
+def test_a_resize_without_memory_for_it_leaves_right_answers(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    these = sites()
+    store = Store(these)
+    runtime = make(store, these, 2)
+    batches = [choose([1, 2]), choose([5, 6])]
+    expected = [run(runtime, 0, batch) for batch in batches]
+
+    def full(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runtime._bank, "_empty", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            runtime.resize(1)
+    assert all(torch.equal(run(runtime, 0, batch), out) for batch, out in zip(batches, expected, strict=True))
 
 
 # -- errors ----------------------------------------------------------------------------------------------------------
@@ -392,7 +440,8 @@ def test_resize_and_clear_with_copies_under_way(broken: bool, make: Make) -> Non
     these = sites()
     store = Store(these)
     runtime = make(store, these, 4, draft=FakeDraft())
-    for change in (lambda: runtime.resize(1, FakeDraft()), runtime.clear, lambda: runtime.resize(3, FakeDraft())):  # type: ignore
+    for change in (partial(runtime.resize, 1), runtime.clear, partial(runtime.resize, 3)):
+        runtime.draft = FakeDraft()  # type: ignore[assignment]
         store.gate = threading.Semaphore(0)
         store.entered.clear()
         store.broken = {(0, 1)} if broken else set()

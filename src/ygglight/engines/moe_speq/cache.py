@@ -50,8 +50,8 @@ class LayerCache:
 
     Demand: what a window wants and finds is used before it can be evicted, so each of its other experts is copied once
     and no more. After it the slots hold the first M of its experts as ranked, then the most recently used others: LRU
-    by groups, which :class:`~ygglight.engines.moe_speq.reuse.ReuseDistances` predicts exactly. What comes through
-    staging anyway takes no slot.
+    by groups, which :class:`~ygglight.engines.moe_speq.reuse.ReuseDistances` predicts exactly as long as nothing is
+    sent ahead. What comes through staging takes no slot.
 
     Prefetch: it evicts nothing that the draft asked for in the same window. The bound against churn: it evicts nothing
     that the last window used either, unless the layer's prefetches have mostly (:data:`TRUST`) been right of late: what

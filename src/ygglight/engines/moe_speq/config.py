@@ -30,7 +30,7 @@ class Config:
         max_cycle_seconds: "auto" drafts so few tokens that a cycle is thought to take no longer; None: any time.
         draft_bits: 4: a copy of the experts in four bits drafts; None: no draft, and all memory is cache.
         prefetch: Send experts ahead that the draft chose.
-        prefetch_cap: Most bytes a cycle to send ahead; None: as many as prove to be used.
+        prefetch_cap: Most bytes a cycle to send ahead; None: to slots as many as prove to be used, through staging all.
         staging: Buffers of one expert each, for experts that find no slot: those that the draft has named come through
             all but one of them while it drafts and while earlier layers compute.
         link: ``{"bandwidth": bytes a second, "latency": seconds a copy}``: slow copies down to what another machine's

@@ -23,7 +23,7 @@ from ygglight.engines.moe_speq.budget import Split, split_budget
 from ygglight.engines.moe_speq.calibration import measure_machine
 from ygglight.engines.moe_speq.config import Config
 from ygglight.engines.moe_speq.estimates import HOPE, Outlook
-from ygglight.engines.moe_speq.governor import SEEN, Cycle, Governor
+from ygglight.engines.moe_speq.governor import Cycle, Governor
 from ygglight.engines.moe_speq.layout import find_sites
 from ygglight.engines.moe_speq.link import open_link
 from ygglight.engines.moe_speq.lookahead import steps_until_sent
@@ -122,7 +122,7 @@ class Engine:
             link = open_link(self.store, self.device, **dict(config.link or {}))
             self.runtime = Runtime(
                 self.sites, self.store, slots=slots, staging=split.staging, link=link, draft=self.draft,
-                device=self.device, widths=widths(config.most),
+                device=self.device, widths=widths(config.most) if self._adapts else (1,),
             )  # fmt: skip
             self._attachment.attach(self.model, self.runtime)
             if self.device != self._home:
@@ -179,6 +179,7 @@ class Engine:
             if self.device != self._home:
                 self.model.to(self._home)
         self._attachment.detach()
+        self._seen, self._told = {}, (Counter(), Counter())
         self.runtime = self.decoder = self.governor = self.draft = None
         if runtime is not None:
             runtime.close()
@@ -217,6 +218,7 @@ class Engine:
             stopping.max_length = limit
         self._make_room(len(prompt) + room)
         self._measure()
+        self._seen = self._now()  # forwards that were not ours may have come between
         assert self.decoder is not None
         loop = Loop(
             self.decoder, runtime, ChainDrawing(processors, do_sample=do_sample, generator=generator), stopping,
@@ -268,7 +270,7 @@ class Engine:
 
     def _to_slots(self) -> int:
         """Of these, bytes that may go to slots, and evict somebody."""
-        return min(self._cap(), int(self._share * self.split.slots * self.split.layers) * self.split.slab)
+        return min(self._cap(), max(1, int(self._share * self.split.slots * self.split.layers)) * self.split.slab)
 
     def _pause(self, sent: int) -> int:
         assert self.runtime is not None
@@ -283,32 +285,36 @@ class Engine:
         """What a cycle was like, for the next ones."""
         runtime = self.runtime
         assert runtime is not None
-        stats = runtime.stats
-        more = ("ahead", "displaced", "streamed", "in_vain")
-        now = dict(stats.experts) | {name: sum(getattr(stats, name)) for name in more}
+        now = self._now()
         new = {name: value - self._seen.get(name, 0) for name, value in now.items()}
         self._seen = now
         self._report.chose(cycle.k)
-        if cycle.k:
+        governor = self.governor
+        if cycle.k and (governor is None or governor.warm):
             taken = cycle.drafting / cycle.k
             self._draft_token += (0.25 if self._draft_token else 1.0) * (taken - self._draft_token)
         to_slots = new["prefetched"] - new["streamed"]
         if to_slots > 0:
             wasted = (new["unused"] - new["in_vain"] + new["evicted"] + new["displaced"]) / to_slots
             self._share = min(1.0, max(0.05, self._share * (0.8 if wasted > WASTE else 1.1)))
-        governor = self.governor
         if governor is None:
             return
-        missing = new["misses"] + max(0, new["ahead"] - new["displaced"])
-        governor.machine = governor.machine.at(runtime.link.speed.seconds(self.split.slab), self._draft_token)
+        missing = max(0, new["misses"] + new["ahead"] - new["displaced"])
         governor.observe(
             Cycle(cycle.k, cycle.accepted, new["requests"], missing, new["ahead"], cycle.seconds),
             self._outlook() if governor.due else None,
         )
+        governor.machine = governor.machine.at(runtime.link.speed.seconds(self.split.slab), self._draft_token)
         if governor.wants_draft():
             self._take_draft(governor)
         elif governor.gives_up():
             self._drop_draft(governor)
+
+    def _now(self) -> dict[str, int]:
+        assert self.runtime is not None
+        stats = self.runtime.stats
+        more = ("ahead", "displaced", "streamed", "in_vain")
+        return dict(stats.experts) | {name: sum(getattr(stats, name)) for name in more}
 
     def _outlook(self) -> Outlook:
         assert self.runtime is not None and self.governor is not None
@@ -323,18 +329,21 @@ class Engine:
     def _take_draft(self, governor: Governor) -> None:
         """Speculation promises to be faster: slots make room for the draft."""
         assert self.runtime is not None and self.decoder is not None
-        started, split, notes = time.perf_counter(), self.split, self._report.notes
-        self._resize(split.slots)
+        started, split, failed = time.perf_counter(), self.split, ""
         try:
-            self.draft = self.runtime.draft = self._make_draft()
-        except BaseException as error:
-            self._resize(split.more_slots)
-            if not isinstance(error, (OSError, ValueError, torch.OutOfMemoryError)):
-                raise
+            self.runtime.resize(split.slots)
+            self.draft = self._make_draft()
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:  # a CPU's lack of memory is a RuntimeError
+            failed = str(error).partition("\n")[0] or type(error).__name__
+        finally:
+            if self.draft is None:  # outside of the handler, whose traceback holds what was made so far
+                self.runtime.resize(split.more_slots)
+        if failed:
             governor.never()
-            notes.append(f"k=0 from here on: the draft could not be made ({str(error).partition(chr(10))[0]})")
-            log.warning("moe_speq: %s", notes[-1])
+            self._note(f"k=0 from here on: the draft could not be made ({failed})")
+            log.warning("moe_speq: %s", self._report.notes[-1])
             return
+        self.runtime.draft = self.draft
         self.decoder.forget_graphs()  # of an earlier draft
         governor.begin(time.perf_counter() - started)
         self._note(
@@ -344,9 +353,10 @@ class Engine:
 
     def _drop_draft(self, governor: Governor) -> None:
         """Plain decoding has won: the draft's memory becomes slots."""
-        self.draft = None
-        self._resize(self.split.more_slots)
+        assert self.runtime is not None
         governor.end()
+        self.draft = self.runtime.draft = None
+        self.runtime.resize(self.split.more_slots)
         self._note(
             f"k=0: {self.split.more_slots} slots a layer were predicted to be faster than {self.split.slots} and a "
             f"draft of {format_bytes(self.split.draft)}, so the draft was dropped"
@@ -355,10 +365,6 @@ class Engine:
     def _note(self, text: str) -> None:
         if text not in self._report.notes:  # it may come and go more than once
             self._report.notes.append(text)
-
-    def _resize(self, slots: int) -> None:
-        assert self.runtime is not None
-        self.runtime.resize(slots, None)
 
     # -- what was done -----------------------------------------------------------------------------------------------
     def take_report(self) -> Report:
@@ -376,7 +382,7 @@ class Engine:
             report.bandwidth, report.copy_seconds = speed.bandwidth, speed.tau
         if self.governor is not None:
             report.errors, self.governor.errors = self.governor.errors, []
-            if report.cycles >= SEEN and not report.drafted and not report.notes:
+            if self.governor.untried:
                 report.notes.append(
                     f"k=0: even {HOPE:.0%} of a draft accepted promised less than its memory as slots, so none was made"
                 )

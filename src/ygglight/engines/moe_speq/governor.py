@@ -23,11 +23,13 @@ PATIENCE = 4
 GAIN = 0.03
 """A change must promise so much more throughput; and failed trials may take so much of the time."""
 SEEN = 32
-"""Tokens of text until a draft may be tried."""
+"""Tokens of text until the first comparison."""
 VERDICT_EVERY = 4
 """Cycles from one comparison with the other split of the memory to the next."""
 VERDICTS = 3
 """Comparisons in a row for the other split before the memory is split anew."""
+PAUSE = 256
+"""Tokens from the end of a draft to the next one, at least, though it paid while it was there."""
 CLEAR = 0.75
 """A draft this much slower than its memory as slots goes at once."""
 
@@ -66,6 +68,7 @@ class Governor:
         self.drafting = False
         """Whether there is a draft now; see :meth:`begin` and :meth:`end`."""
         self.k = 0
+        self._refused, self._tried = 0, False
         self.errors: list[float] = []
         """Predicted over measured seconds of each cycle, less 1; whoever reads it empties it."""
         self._foreseen = 1.0 if machine.ahead else 0.0
@@ -74,7 +77,8 @@ class Governor:
         self._since = self._cycles = self._verdicts = 0
         self._spent, self._brought = 0.0, 0  # seconds and tokens of the present trial
         self._debt = 0.0  # seconds that trials have cost and that are not paid back yet
-        self._warm = True  # false: the coming cycle with a draft is the first, which compiles and records
+        self.warm = True
+        """Not so: the coming cycle with a draft is the first, which compiles and records, and tells nothing."""
 
     # -- the model ---------------------------------------------------------------------------------------------------
     def seconds(self, k: int) -> float:
@@ -136,14 +140,14 @@ class Governor:
             cycle: That one. outlook: On the coming ones; None: as before. See :attr:`due`.
         """
         before = self.outlook
+        # The last cycle of a text may draft nothing: beside a draft it says nothing about all memory as slots.
+        odd = self.drafting and (not cycle.k or not self.warm)
+        self.warm = self.warm or cycle.k > 0
+        if before is not None and not odd:
+            self.errors.append(self.seconds(cycle.k) / max(cycle.seconds, 1e-12) - 1)
         outlook = self.outlook = outlook or before
         if outlook is None:
             raise ValueError("the first cycle needs an outlook")
-        # The last cycle of a text may draft nothing: beside a draft it says nothing about all memory as slots.
-        odd = self.drafting and (not cycle.k or not self._warm)
-        self._warm = True
-        if before is not None and not odd:
-            self.errors.append(self.seconds(cycle.k) / max(cycle.seconds, 1e-12) - 1)
         self.acceptance.observe(cycle.k, cycle.accepted)
         if cycle.k:
             layers = self.machine.layers
@@ -157,7 +161,9 @@ class Governor:
             self._spent += cycle.seconds
             self._brought += cycle.accepted + 1
         elif self._debt:
-            self._owe(self._debt - GAIN * cycle.seconds)
+            self._debt = max(0.0, self._debt - GAIN * cycle.seconds)
+            if not self._debt:
+                self._forget()
 
     def _correct(self, cycle: Cycle) -> None:
         off = min(8.0, max(0.125, cycle.seconds / self._modelled(cycle.k)))
@@ -175,6 +181,7 @@ class Governor:
         best = self.best()
         won = best > 0 and self.theta(best) > (1 + GAIN) * self.theta(0)
         self._verdicts = self._verdicts + 1 if won else 0
+        self._refused += not won
         return self._verdicts >= VERDICTS
 
     def gives_up(self) -> bool:
@@ -189,24 +196,32 @@ class Governor:
         self._verdicts = self._verdicts + 1 if (1 + GAIN) * share < 1 else 0
         return self._verdicts >= VERDICTS or (self._verdicts > 0 and share < CLEAR)
 
+    @property
+    def untried(self) -> bool:
+        """Whether drafting was never tried, though it could have been, and lost most comparisons."""
+        return not self._tried and bool(self.choices) and self.longest == math.inf and self._refused >= VERDICTS
+
     def begin(self, seconds: float = 0.0) -> None:
         """There is a draft from now on.
 
         Args:
             seconds: That it took to make.
         """
-        self.drafting, self.k, self._since = True, self.best() or self.choices[0], 0
-        self._spent, self._brought, self._verdicts, self._cycles, self._warm = seconds, 0, 0, 0, False
+        self._tried = self.drafting = True
+        self.k, self._since = self.best() or self.choices[0], 0
+        self._spent, self._brought, self._verdicts, self._cycles, self.warm = seconds, 0, 0, 0, False
 
     def end(self) -> None:
         """There is no draft any more. What the trial took too long is to be paid back before the next one."""
-        self._owe(self._spent - self._brought / self.theta(0))
+        self._debt = max(self._spent - self._brought / self.theta(0), GAIN * PAUSE / self.theta(0))
         self.drafting, self.k, self._verdicts, self._cycles = False, 0, 0, 0
 
-    def _owe(self, seconds: float) -> None:
-        self._debt = max(0.0, seconds)
-        if not self._debt:  # texts change: what was learnt of the draft is not held against it for ever
-            self.acceptance = Acceptance()
+    def _forget(self) -> None:
+        """Texts and machines change: what was learnt of drafting is not held against it for ever."""
+        self.acceptance, self.demand = Acceptance(), Demand()
+        self._foreseen = 1.0 if self.machine.ahead else 0.0
+        self._off.pop(True, None)
+        self._own = {k: own for k, own in self._own.items() if not k}
 
     def never(self) -> None:
         """There is no draft, and there will be none."""

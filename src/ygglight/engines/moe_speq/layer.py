@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -151,7 +152,7 @@ class SparseLayer:
             slots: How many, 1 or more.
         """
         self._quiet()
-        self._bank.resize(self.index, slots, self.cache.resize(slots))
+        self._bank.resize(self.index, slots, partial(self.cache.resize, slots))
 
     def clear(self) -> None:
         """Empty all slots; waits for the copies that have begun."""
@@ -300,13 +301,15 @@ class _Pass:
         if not experts:
             return
         layer = self._layer
-        layer._compute.run(self._x, [Batch(slab, *self._spans[expert]) for expert, slab in experts], self._out)
-        layer.mark(slab for _, slab in experts)
-        for expert, slab in experts:
-            if slab.staged:
-                layer.staging.give(slab)
-            elif expert not in self._stay:
-                self._spared.discard(expert)
+        try:
+            layer._compute.run(self._x, [Batch(slab, *self._spans[expert]) for expert, slab in experts], self._out)
+        finally:
+            layer.mark(slab for _, slab in experts)
+            for _, slab in experts:
+                if slab.staged:
+                    layer.staging.give(slab)
+        leave = {expert for expert, slab in experts if not slab.staged}
+        self._spared -= leave - self._stay
         if self._slots or self._passing:
             self._launch()
         layer.stream.fill()

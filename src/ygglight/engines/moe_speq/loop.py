@@ -44,8 +44,8 @@ class Loop:
     Args:
         decoder: Of the model. runtime: Whose experts it runs with. drawing: From logits to tokens.
         stopping: Ends the text. choose: Tokens to draft in the coming cycle, given the most that make sense.
-        cap: Bytes that may be sent ahead in the coming cycle; 0: nothing is. to_slots: Of them, those that go to slots
-            while tokens are drafted; the others come through staging while the target runs.
+        cap: Bytes that may be sent ahead in the coming cycle; 0: nothing is. to_slots: Of them, those that may
+            go to slots; the others come through staging.
         pause: Drafted tokens until more is sent ahead, after so many bytes.
         hides: Copies that end while so many more tokens are drafted. watch: Called with every cycle.
     """
@@ -103,9 +103,9 @@ class Loop:
         k = self.choose(limit - len(self.text) - 1)  # the target's own token takes the last place
         text = torch.tensor(self.text, device=self.decoder.device)
         with clock.stage("draft"):
-            drafted, q = self._draft(text, k)
+            drafted, q, left = self._draft(text, k)
         drafting = time.perf_counter() - started
-        with clock.stage("verify"), self.runtime.window(prefill=False, stream=self.cap() if k else 0):
+        with clock.stage("verify"), self.runtime.window(prefill=False, stream=left):
             nodes = torch.cat([text[-1:], drafted])
             places = torch.arange(len(nodes), device=nodes.device)
             step = self.decoder.nodes(nodes, places, places, places[:, None] >= places[None, :])
@@ -127,15 +127,16 @@ class Loop:
             watcher(Round(k, accepted, tokens, position, self.decoder.length, seconds, drafting))
         return tokens, done
 
-    def _draft(self, text: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
+    def _draft(self, text: Tensor, k: int) -> tuple[Tensor, Tensor | None, int]:
         """Draft k tokens, and send the experts ahead that they chose.
 
         Returns:
-            int64 ``[k]``, and the distributions they were drawn from ``[k, V]``; None for a greedy text.
+            int64 ``[k]``; the distributions they were drawn from ``[k, V]``, None for a greedy text; bytes that may
+            still be sent ahead.
         """
         drafted: list[Tensor] = []
         distributions: list[Tensor] = []
-        cap, stream = (self.to_slots(), self.cap()) if k else (0, 0)
+        to_slots, left = (self.to_slots(), self.cap()) if k else (0, 0)
         following = observed_steps(k)  # the first routes alone would choose too narrowly
         places = torch.arange(k, device=text.device)  # at once: to bring a number to a GPU is to wait for it
         token, self.decoder.replays = text[-1:], True
@@ -149,14 +150,14 @@ class Loop:
                 drafted.append(token)
                 if q is not None:
                     distributions.append(q)
-                if stream > 0 and (done + 1 >= following or done + 1 == k):
-                    sent = self.runtime.prefetch(cap, 1 + self.hides(k - done - 1), stream)
-                    cap -= sent
-                    following = done + 1 + self.pause(sent)
+                if left > 0 and (done + 1 >= following or done + 1 == k):
+                    slotted, staged = self.runtime.prefetch(min(to_slots, left), 1 + self.hides(k - done - 1), left)
+                    to_slots, left = to_slots - slotted, left - slotted - staged
+                    following = done + 1 + self.pause(slotted + staged)
         finally:
             self.decoder.replays = False
         chain = torch.cat(drafted) if drafted else text[:0]
         if not self.drawing.do_sample:
-            return chain, None
+            return chain, None, left
         empty = torch.empty(0, self.decoder.vocabulary, device=text.device)
-        return chain, torch.stack(distributions) if distributions else empty
+        return chain, torch.stack(distributions) if distributions else empty, left

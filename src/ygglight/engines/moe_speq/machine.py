@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ygglight.engines.moe_speq.lookahead import observed_steps
+from ygglight.engines.moe_speq.stream import SPARED
 
 _WIDTHS = (1, 2, 3, 5, 9, 13, 17, 25, 33, 65)
 
@@ -67,8 +68,10 @@ class Machine:
         total = self.layers * missing
         known = min(self.ahead, foreseen * total) if k else 0.0
         window = (k - observed_steps(k)) * self.draft_token if k else 0.0
-        places = self.layers * max(0.0, self.slots - (unique - missing)) + self.staging
+        places = self.layers * max(0.0, self.slots - (unique - missing)) + self.staging - SPARED
         early = min(known, places, window / self.copy if self.copy else math.inf)
+        if self.staging <= SPARED:  # nothing comes while the target computes
+            known = early
         computing, copying = self.verifying(k + 1, unique), (total - early) * self.copy
         return k * self.draft_token + max(computing + (total - known) * self.copy, copying)
 

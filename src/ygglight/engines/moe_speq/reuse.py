@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 REMEMBERED = 512
-"""Groups of a layer after which the older ones count half: texts change."""
+"""Tokens of a text after which the older ones count half: texts change."""
 
 
 class ReuseDistances:
@@ -104,7 +104,7 @@ class WindowReuse:
                 reuse = self._by_width[n]
                 reuse.observe(layer, tuple(dict.fromkeys(ranked)))
                 rows.clear()
-                if reuse.groups[layer] >= REMEMBERED:
+                if n * reuse.groups[layer] >= REMEMBERED:
                     reuse.fade(layer)
 
     def warm(self, layer: int, ranked: Sequence[int]) -> None:

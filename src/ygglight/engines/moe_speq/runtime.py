@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ygglight.engines.moe_speq.config import STAGING
 from ygglight.engines.moe_speq.layer import SparseLayer
 from ygglight.engines.moe_speq.link import CLOSED, Link, Source, open_link
 from ygglight.engines.moe_speq.lookahead import Counts, LayerView, Lookahead, plan_prefetch
@@ -52,7 +53,7 @@ class Runtime:
         store: Source,
         *,
         slots: int,
-        staging: int = 2,
+        staging: int = STAGING,
         link: Link | None = None,
         draft: DraftExperts | None = None,
         device: torch.device | str = "cpu",
@@ -147,7 +148,7 @@ class Runtime:
 
         Args:
             prefill: A prompt, which wants nearly all experts: they stream through staging and evict nothing.
-            stream: Bytes at most of what the draft has chosen that may come through staging while the pass runs.
+            stream: Bytes at most of what the draft has chosen that may still come through staging while the pass runs.
         """
         before, self._mode = self._mode, _Mode.PREFILL if prefill else _Mode.TARGET
         if not (prefill or self._lookahead.empty):
@@ -166,24 +167,26 @@ class Runtime:
     def _to_stream(self, drawn: Counts, cap: int) -> Iterator[tuple[int, int]]:
         """What was chosen and is not there, in the order of the layers, those that most tokens chose first."""
         for number, (layer, chosen) in enumerate(zip(self._layers, drawn, strict=True)):
+            coming = self._stream.coming(number)
             for expert in sorted(chosen, key=chosen.__getitem__, reverse=True):
-                if expert not in layer.cache:
+                if expert not in layer.cache and expert not in coming:
                     cap -= layer.layout.nbytes
                     if cap < 0:
                         return
                     yield number, expert
 
-    def prefetch(self, cap: int, most: float = math.inf, stream: int = 0) -> int:
+    def prefetch(self, cap: int, most: float = math.inf, stream: int = 0) -> tuple[int, int]:
         """Send ahead what the draft has chosen since the last window and is missing; take back what it has not.
 
         Args:
             cap: Bytes at most.
             most: Copies sent ahead and not there yet, earlier ones included, at most. A copy that only waits has thrown
                 somebody out already, and is taken back when the window begins.
-            stream: See :meth:`window`; what finds no slot begins to come through staging, as far as there is any.
+            stream: Bytes at most of both kinds; what finds no slot begins to come through staging, as far as there is
+                any.
 
         Returns:
-            Bytes queued.
+            Bytes queued for slots, and for staging.
         """
         counts = self._lookahead.read()
         spared, views = [], []
@@ -191,7 +194,8 @@ class Runtime:
             layer.withdraw(drawn)
             layer.settle()
             spared.append(layer.cache.spared(drawn))
-            views.append(LayerView(layer.cache.residents, layer.cache.room(spared[-1]), layer.layout.nbytes))
+            held = [*layer.cache.residents, *self._stream.coming(layer.index)]
+            views.append(LayerView(held, layer.cache.room(spared[-1]), layer.layout.nbytes))
             most -= layer.coming
         sent = 0
         if most < math.inf:
@@ -199,7 +203,7 @@ class Runtime:
         for index, expert in plan_prefetch(counts, views, cap):
             if self._layers[index].prefetch(expert, spared[index]):
                 sent += views[index].nbytes
-        return sent + self._stream.plan(self._to_stream(counts, stream)) * views[0].nbytes
+        return sent, self._stream.plan(self._to_stream(counts, stream - sent)) * views[0].nbytes
 
     def committed(self, rows: int) -> None:
         """Tell the statistics how many rows of the last window became text, for what plain decoding would do.
@@ -210,18 +214,18 @@ class Runtime:
         for layer in self._layers:
             layer.committed(rows)
 
-    def resize(self, slots: int, draft: DraftExperts | None = None) -> None:
-        """Change the number of slots, between windows; the most recently used experts stay.
+    def resize(self, slots: int) -> None:
+        """Change the number of slots, between windows; the most recently used experts stay. No draft does.
 
         Args:
-            slots: Experts a layer. draft: What drafts from now on. It is dropped first: its memory becomes slots.
+            slots: Experts a layer.
 
         Raises:
             ValueError: fewer than one slot.
         """
         if slots < 1:
             raise ValueError(f"{slots} slots a layer: give at least one")
-        self.draft = draft
+        self.draft = None  # before its memory is taken for slots
         self._lookahead.clear()
         for layer in self._layers:
             layer.resize(slots)

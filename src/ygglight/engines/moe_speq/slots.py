@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,14 +93,15 @@ class SlotBank:
             found = self._stacks[layer, staged] = layout.views(data)
         return found
 
-    def resize(self, layer: int, slots: int, moves: Sequence[tuple[int, int]]) -> None:
+    def resize(self, layer: int, slots: int, moves: Callable[[], Sequence[tuple[int, int]]]) -> None:
         """Give one layer another number of slots; no copy into it may be under way.
 
         Args:
-            layer: Which. slots: How many. moves: (old slot, new slot) of what stays.
+            layer: Which. slots: How many.
+            moves: Gives (old slot, new slot) of what stays; called when there is memory for it, for only then is it so.
         """
         data, old = self._empty(slots, self.layouts[layer].nbytes), self._layers[layer]
-        for source, target in moves:
+        for source, target in moves():
             data[target].copy_(old[source])
         self._layers[layer], self._slabs[layer] = data, _slabs(data)
         self._stacks.pop((layer, False), None)

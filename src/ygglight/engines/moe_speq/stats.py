@@ -13,9 +13,9 @@ from ygglight.engines.moe_speq.reuse import WindowReuse
 class Stats:
     """Counts of a runtime.
 
-    A *request* is a unique (layer, expert) of one target pass. It is a *hit* if the expert lies in a slot when the pass
-    wants it, *late* if a prefetch of it is under way then, else a *miss*. A prefetch that only waits in the queue is
-    withdrawn and counts as a miss.
+    A *request* is a unique (layer, expert) of one target pass. It is a *hit* if the expert is there when the pass wants
+    it, in a slot or in staging, *late* if a prefetch of it is under way then, else a *miss*. A prefetch that only waits
+    in the queue is withdrawn and counts as a miss.
 
     Args:
         layers: Sparse layers. experts: Most experts of a layer. traffic: Of the link, which counts bytes.

@@ -60,16 +60,20 @@ class Stream:
         self._plan: deque[tuple[int, int]] = deque()
         self._coming: dict[tuple[int, int], Copy] = {}
 
+    def coming(self, layer: int) -> list[int]:
+        """Experts of a layer that are queued, under way, or there."""
+        return [expert for number, expert in self._coming if number == layer]
+
     def plan(self, wanted: Iterable[tuple[int, int]]) -> int:
         """What is to come from now on, in the place of what was planned before and has not been queued.
 
         Args:
-            wanted: (layer, expert), in the order of the layers; those that are coming are passed over.
+            wanted: (layer, expert), in the order of the layers, none of which is coming.
 
         Returns:
             Copies queued.
         """
-        self._plan = deque(each for each in wanted if each not in self._coming)
+        self._plan = deque(wanted)
         before = len(self._coming)
         self.fill()
         return len(self._coming) - before
