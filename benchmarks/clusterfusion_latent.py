@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.harness import Goal, Incorrect, Options, Report, Variant, measure, paired_ratio
 from ygglight.engines.decode.fused import FusedAttention
+from ygglight.kernels.cluster_decode.testing import cast_weights
 from ygglight.kernels.testing import rms_ratio
 
 LAYERS: dict[str, dict[str, int]] = {
@@ -77,14 +78,7 @@ def _model(sizes: dict[str, int], context: int, dtype: torch.dtype) -> Any:
         tie_word_embeddings=False, bos_token_id=None, eos_token_id=None, pad_token_id=None,
         attn_implementation="sdpa",
     )  # fmt: skip
-    return _in_dtype(DeepseekV2ForCausalLM(config).requires_grad_(False).eval(), dtype)
-
-
-def _in_dtype(model: Any, dtype: torch.dtype) -> Any:
-    """Weights alone: frequencies of the rotary embedding stay in float32, as where a model is loaded."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
+    return cast_weights(DeepseekV2ForCausalLM(config).requires_grad_(False).eval(), dtype)
 
 
 def _step(model: Any, context: int, dtype: torch.dtype) -> Callable[[], Tensor]:
@@ -109,7 +103,7 @@ def _step(model: Any, context: int, dtype: torch.dtype) -> Callable[[], Tensor]:
 
 
 def _variants(model: Any, context: int, dtype: torch.dtype) -> Iterator[Variant]:
-    expected = _step(_in_dtype(copy.deepcopy(model), torch.float64), context, dtype)()
+    expected = _step(cast_weights(copy.deepcopy(model), torch.float64), context, dtype)()
     step = _step(model, context, dtype)
     plain = rms_ratio(step(), expected)
 

@@ -13,6 +13,17 @@ from torch.nn import functional
 from ygglight.kernels.cluster_decode.spec import BlockSpec, BlockWeights
 
 
+def cast_weights(model: Any, dtype: torch.dtype) -> Any:
+    """A model's weights in another dtype, in place; buffers stay: rotary frequencies are in float32 in any model.
+
+    Args:
+        model: Any module. dtype: Of its parameters.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def make_spec(heads: int, kv_heads: int, head_dim: int, hidden: int, **changes: Any) -> BlockSpec:
     """A Llama-like block.
 
