@@ -37,7 +37,8 @@ class LatentParts:
         """The layer's own parameters as they are now (a module may have been moved), by identity."""
         attention: Any = self.attention
         norm: Any = self.norm
-        first, queries = _queries_of(attention)
+        first = getattr(attention, "q_a_proj", None)
+        queries = attention.q_proj if first is None else attention.q_b_proj
         return LatentWeights(
             norm.weight, queries.weight, attention.kv_a_proj_with_mqa.weight, attention.kv_a_layernorm.weight,
             attention.kv_b_proj.weight, attention.o_proj.weight,
@@ -67,6 +68,8 @@ class LatentParts:
         Args:
             embeddings: See :meth:`angles`.
         """
+        if isinstance(embeddings, Tensor):  # complex numbers multiply neighbours, which stay where they are
+            return [replace(self.spec, rotary="pairs")]
         return [replace(self.spec, rotary=kind) for kind in get_args(Rotary)]
 
     def fits(self, keys: Tensor, values: Tensor) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ygglight.compat.autograd import is_wrapper
 from ygglight.compat.decoder_layers import why_altered
 from ygglight.kernels.cluster_decode import BlockSpec, BlockWeights
 
@@ -52,10 +53,9 @@ class LayerParts:
             linears = (attention.q_proj, attention.k_proj, attention.v_proj)
             q, k, v = (linear.weight for linear in linears)
             q_bias, k_bias, v_bias = (linear.bias for linear in linears)
-        output, norm = _output_of(attention), self.norm
-        assert isinstance(norm.weight, Tensor)
+        norm: Any = self.norm
         return BlockWeights(
-            norm.weight, q, k, v, output.weight, q_bias, k_bias, v_bias, output.bias,
+            norm.weight, q, k, v, attention.o_proj.weight, q_bias, k_bias, v_bias, attention.o_proj.bias,
             q_norm=attention.q_norm.weight if spec.qk_norm else None,
             k_norm=attention.k_norm.weight if spec.qk_norm else None,
         )  # fmt: skip
@@ -132,7 +132,7 @@ def recognise(layer: nn.Module) -> LayerParts:
     head_dim, scale = getattr(attention, "head_dim", None), getattr(attention, "scaling", None)
     if not isinstance(head_dim, int) or not isinstance(scale, float):
         raise NotFusable(f"{type(attention).__name__} names no head_dim or scaling")
-    output = _output_of(attention)
+    output = linear(attention, "o_proj")
     queries = output.in_features
     if hasattr(attention, "qkv_proj"):
         fused = linear(attention, "qkv_proj")
@@ -175,10 +175,6 @@ def child(module: nn.Module, name: str) -> nn.Module:
     return found
 
 
-def _output_of(attention: nn.Module) -> nn.Linear:
-    return linear(attention, "o_proj")
-
-
 def linear(attention: nn.Module, name: str) -> nn.Linear:
     """The linear layer of a name; refuses what computes something else.
 
@@ -194,12 +190,16 @@ def linear(attention: nn.Module, name: str) -> nn.Linear:
 
 
 def check_weights(name: str, owners: list[nn.Module]) -> None:
-    """Refuses weights that are not loaded, or not in one dtype.
+    """Refuses weights that are not loaded, not in one dtype, or not plain tensors.
 
     Args:
         name: Of the attention module. owners: all modules with weights.
     """
     weights = [parameter for owner in owners for parameter in owner.parameters()]
+    wrapped = next((weight for weight in weights if is_wrapper(weight)), None)
+    if wrapped is not None:  # torchao's and DTensor's, in linear layers that look plain
+        kind = f"{type(wrapped).__module__.split('.')[0]}'s {type(wrapped).__name__}"
+        raise NotFusable(f"{name} has weights in {kind}, not in plain tensors: load without quantisation or sharding")
     if len({weight.dtype for weight in weights}) != 1 or any(weight.is_meta for weight in weights):
         raise NotFusable(f"{name} has weights on meta or of several dtypes: load them in one")
 
