@@ -139,6 +139,103 @@ def test_a_wrong_block_would_show() -> None:
     assert all("other results" in str(reason) for reason in fused.reasons)
 
 
+@pytest.mark.parametrize("failure", [torch.OutOfMemoryError, MemoryError, OSError])
+def test_what_says_nothing_of_a_layer_is_no_reason(failure: type[Exception]) -> None:
+    def fails(*args: Any, **kwargs: Any) -> Tensor:
+        raise failure("no room")
+
+    model = make("llama").train()
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    with pytest.raises(failure, match="no room"):
+        FusedAttention(model, block=fails)
+    assert before == {name: set(vars(module)) for name, module in model.named_modules()}
+    assert all(module.training for module in model.modules())
+
+
+class Chaotic(nn.Module):
+    """As a router near a tie: the least difference in what comes in is a large one in what goes out."""
+
+    runs = 0
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.runs += 1
+        return (hidden * 1e8).sin()
+
+
+def test_what_follows_attention_does_not_tell_of_the_block() -> None:
+    model = make("llama")
+    for layer in model.model.layers:
+        layer.mlp = Chaotic()
+    assert FusedAttention(model).reasons == [None] * 3
+    # A prompt, the token, and the token once more around the layer's own attention.
+    assert [layer.mlp.runs for layer in model.model.layers] == [3] * 3
+
+
+def test_a_layer_that_uses_its_norm_twice_is_left_alone() -> None:
+    """The control: its attention is what the block computes, but the norm has another reader."""
+    model = make("llama")
+
+    def forward(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        normed = self.input_layernorm(hidden_states)
+        return hidden_states + self.self_attn(hidden_states=normed, **kwargs)[0] + self.mlp(normed)
+
+    layer = model.model.layers[1]
+    layer.__class__ = type("LlamaDecoderLayer", (type(layer),), {"forward": forward})  # layers are known by that name
+    reasons = FusedAttention(model).reasons
+    assert reasons[0] is None and reasons[2] is None and "around its attention" in str(reasons[1])
+
+
+@pytest.mark.parametrize("cached", [0, 1])
+def test_a_candidate_that_is_not_a_number_is_not_taken(cached: int) -> None:
+    """GLM turns pairs, which are tried second; the first candidate gives NaN where it cannot be right."""
+
+    def block(x: Tensor, weights: Any, spec: Any, *rest: Any, **named: Any) -> Tensor:
+        output = decode_block_reference(x, weights, spec, *rest, **named)
+        if spec.rotary_dim and not spec.interleaved_rope:
+            (rest[5 + cached] if cached else output).fill_(torch.nan)  # the new values, or the output
+        return output
+
+    assert FusedAttention(make("glm"), block=block).reasons == [None] * 3
+    reasons = FusedAttention(make("llama"), block=block).reasons
+    assert all("other results" in str(reason) for reason in reasons)
+
+
+def test_weights_that_wrap_tensors_are_refused() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    model = make("llama")
+    projection = model.model.layers[1].self_attn.k_proj
+    halves = projection.weight.detach()
+    projection.weight = nn.Parameter(TwoTensor(halves, halves.clone()), requires_grad=False)
+    reasons = FusedAttention(model).reasons
+    assert reasons[0] is None and "torch's TwoTensor, not in plain tensors" in str(reasons[1])
+
+
+def test_a_forward_that_is_replaced_later_is_not_overlooked() -> None:
+    check_replaced_later(make("qwen3"), ("o_proj", "k_norm", "q_proj"), 3)
+
+
+def check_replaced_later(model: Any, names: tuple[str, ...], layers: int) -> None:
+    """One layer's inner module computes twice as much as in the proof: its own code runs, and the other layers' block.
+
+    Args:
+        model: Any that is fused. names: of modules in its attention. layers: that it has.
+    """
+    fused = FusedAttention(model)
+    assert fused.reasons == [None] * layers
+    for name in names:
+        module = getattr(model.model.layers[1].self_attn, name)
+        own = module.forward
+        module.forward = lambda hidden, own=own: 2 * own(hidden)
+        expected, logits = generate(model, 1, "dynamic")
+        with fused:
+            calls = fused.calls
+            text, actual = generate(model, 1, "dynamic")
+        assert fused.calls - calls == 7 * (layers - 1), name
+        assert torch.equal(text, expected) and float((actual - logits).norm() / logits.norm()) < 1e-5, name
+        del module.forward
+
+
 def test_removal_restores_everything() -> None:
     model = make("qwen2")
     before = {name: vars(module).copy() for name, module in model.named_modules()}

@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache
 
 from ygglight.engines.decode import Decoder, fusion
 from ygglight.engines.decode.fused import FusedAttention, fusable
 from ygglight.kernels.cluster_decode import decode_block
 from ygglight.kernels.cluster_decode.mla import split_kv_b
+from ygglight.kernels.cluster_decode.testing import cast_weights
 
-from .test_fused import generate
+from .test_fused import check_replaced_later, generate, prompts
 
 pytestmark = pytest.mark.usefixtures("own_cache", "one_thread")
 
@@ -33,7 +35,7 @@ EXPERTS: dict[str, Any] = {
     "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1,
 }  # fmt: skip
 YARN = {
-    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 0.7,
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "mscale": 1.3, "mscale_all_dim": 0.7,
     "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1,
 }  # fmt: skip
 # name -> model type, and what its configuration needs besides
@@ -108,17 +110,23 @@ def test_the_decoder_writes_the_same_text(name: str) -> None:
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_in_bfloat16() -> None:
+@pytest.mark.parametrize("batch", [1, 3])  # with padding on the left
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits(dtype: torch.dtype, batch: int) -> None:
     """Errors against float32 are of the size of the model's own."""
-    model = make("v3")
+    model, text = make("v3, all switches"), prompts(batch, 40)
+    kept = F.pad(text["attention_mask"], (0, 1), value=1)
+    positions = (kept.cumsum(-1) - 1).clamp(min=0)
 
     def second_token() -> Tensor:
         with torch.no_grad():
             cache = DynamicCache(config=model.config)
-            model(input_ids=torch.arange(40)[None], past_key_values=cache)
-            return model(input_ids=torch.tensor([[7]]), past_key_values=cache).logits[0, -1].float()
+            model(**text, position_ids=positions[:, :-1], past_key_values=cache)
+            more = {"attention_mask": kept, "position_ids": positions[:, -1:], "past_key_values": cache}
+            return model(input_ids=torch.full((batch, 1), 7), **more).logits[:, -1].float()
 
-    exact, model = second_token(), model.bfloat16()
+    exact = second_token()
+    cast_weights(model, dtype)
     plain, fused = second_token(), FusedAttention(model)
     assert fused.reasons == [None] * LAYERS
     with fused:
@@ -163,6 +171,10 @@ def test_a_wrong_block_changes_the_text() -> None:
     with fused:
         logits = generate(model, 1, "dynamic")[1]
     assert float((plain[1] - logits[1]).norm() / plain[1].norm()) > 1e-2
+
+
+def test_a_forward_that_is_replaced_later_is_not_overlooked() -> None:
+    check_replaced_later(make("v3"), ("q_b_proj", "q_a_layernorm", "kv_b_proj", "o_proj"), LAYERS)
 
 
 def test_removal_restores_everything() -> None:
@@ -263,6 +275,7 @@ def test_a_cache_of_expanded_keys_is_left_alone() -> None:
         ("longcat_flash", {"q_lora_rank": 20, "num_layers": 1, "n_routed_experts": 4}, "names no head_dim"),
         ("glm_moe_dsa", EXPERTS | {"q_lora_rank": 20}, "more than latent attention: indexer"),
         ("glm_moe_dsa", EXPERTS | {"q_lora_rank": 20, "indexer_types": ["full", "shared"]}, "indexer"),
+        ("kimi_linear", EXPERTS | {"layer_types": ["full_attention"] * 2}, "no angles of a rotary embedding"),
         ("deepseek_v32", EXPERTS | {"q_lora_rank": 20}, "more than latent attention: indexer"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from ygglight.engines.decode import attention
 from ygglight.engines.decode.latent import LatentParts, is_latent, recognise_latent
 from ygglight.engines.decode.places import Lengths, Place, place
 from ygglight.engines.decode.recognise import LayerParts, NotFusable, recognise
-from ygglight.kernels.cluster_decode import BlockSpec, LatentSpec, choose_path, decode_block
+from ygglight.kernels.cluster_decode import BlockSpec, Choice, LatentSpec, choose_path, decode_block
 
 _WITHOUT_SOFTCAP = "sdpa"
 """Transformers' sdpa drops a soft cap (5.17); what replaces it has to do as it does."""
@@ -59,6 +60,9 @@ class FusedAttention:
     Args:
         model: A causal language model of transformers, or of peft around one.
         block: What to run, in the form of `decode_block`, for layers of latent attention with a `LatentSpec`.
+
+    Raises:
+        torch.OutOfMemoryError: there is no room to try it; so with MemoryError and OSError.
     """
 
     def __init__(self, model: Any, *, block: Callable[..., Tensor] = decode_block) -> None:
@@ -82,13 +86,18 @@ class FusedAttention:
         return len(self._layers)
 
     @property
-    def paths(self) -> list[str]:
-        """Which implementation each fused layer runs by default, in the order of the layers."""
+    def choices(self) -> list[Choice]:
+        """Which implementation each fused layer runs by default and why, in the order of the layers."""
         weights = [layer.parts.norm.weight for layer in self._layers]
         return [
-            choose_path(layer.spec, weight.dtype, weight.device).path  # type: ignore[arg-type, union-attr]
+            choose_path(layer.spec, weight.dtype, weight.device)  # type: ignore[arg-type, union-attr]
             for layer, weight in zip(self._layers, weights, strict=True)
         ]
+
+    @property
+    def paths(self) -> list[str]:
+        """The names of :attr:`choices`."""
+        return [choice.path for choice in self.choices]
 
     @property
     def calls(self) -> int:
@@ -138,6 +147,8 @@ class FusedAttention:
                     layer.trying = True
                 position = torch.full_like(tokens[:, _PROMPT:], last)
                 model(input_ids=tokens[:, _PROMPT:], position_ids=position, past_key_values=cache, use_cache=True)
+        except (torch.OutOfMemoryError, MemoryError, OSError):
+            raise  # says nothing of the layers, and must not be remembered
         except Exception as error:  # whatever a model that is made otherwise stumbles over
             for layer in self._layers:
                 layer.why_different = f"the model cannot be tried ({type(error).__name__}: {_first_line(error)})"
@@ -171,7 +182,9 @@ class _FusedLayer:
         self._forwards: list[Callable[..., Any]] = [module.forward for module in self._modules]
         self._before: list[Callable[..., Any] | None] = []
         self._inside, self._children = list(parts.modules()), list(parts.attention.children())
-        self._now = threading.local()  # .attended, while this thread's layer runs around a block's result
+        self._below = [module for module in self._inside if module not in self._modules]
+        # .attended, while this thread's layer runs around a result; .own, to keep what its attention gives
+        self._now = threading.local()
 
     def install(self) -> None:
         replaced = (self._layer_forward, self._norm_forward, self._attention_forward)
@@ -193,7 +206,12 @@ class _FusedLayer:
 
     def _attention_forward(self, *args: Any, **kwargs: Any) -> Any:
         attended = getattr(self._now, "attended", None)
-        return self._forwards[2](*args, **kwargs) if attended is None else (attended[:, None], None)
+        if attended is not None:
+            return attended[:, None], None
+        output, own = self._forwards[2](*args, **kwargs), getattr(self._now, "own", None)
+        if own is not None:
+            own.append(_tensor_of(output).clone())  # the layer may add to it in place
+        return output
 
     def _layer_forward(self, *args: Any, **kwargs: Any) -> Any:
         found = self._place(args, kwargs)
@@ -221,7 +239,11 @@ class _FusedLayer:
             return None
         hidden, attention_module = args[0], self.parts.attention
         angles = self.parts.angles(kwargs.get("position_embeddings"), self.spec)
-        if hidden.dim() != 3 or hidden.shape[1] != 1 or angles is None:
+        if hidden.dim() != 3 or hidden.shape[1] != 1:
+            return None
+        if angles is None:
+            if self.trying:
+                self.why_different = "the model gives it no angles of a rotary embedding, or none of its size"
             return None
         config = getattr(attention_module, "config", None)
         wants_weights = kwargs.get("output_attentions") or getattr(config, "output_attentions", False)
@@ -230,6 +252,8 @@ class _FusedLayer:
         if torch.is_autocast_enabled(hidden.device.type) or attention_name(attention_module) not in _KNOWN:
             return None
         if list(attention_module.children()) != self._children:  # an adapter was put in
+            return None
+        if any("forward" in vars(module) for module in self._below):
             return None
         cos, weight = angles[0], self.parts.norm.weight
         fits = cos.dim() == 3 and cos.shape[0] in (1, len(hidden)) and cos.shape[1] == 1
@@ -263,26 +287,45 @@ class _FusedLayer:
         return attended, parts.states(new_keys), parts.states(new_values)
 
     def _try(self, found: Place, *args: Any, **kwargs: Any) -> Any:
-        """Run the step both ways and note whether they agree; what the model sees is its own result."""
-        before = args[0].clone()
-        tried = []
-        for spec in self.parts.candidates(kwargs["position_embeddings"]):
-            attended, keys, values = self._attend(spec, found, args[0], kwargs)
-            tried.append((spec, self._around(attended, *args, **kwargs), keys, values))
-        output = self._forwards[0](*args, **kwargs)
-        cached: Any = kwargs["past_key_values"].layers[self.cache_index]
-        worst = []
-        for spec, actual, keys, values in tried:
-            pairs = [
-                (keys, cached.keys[:, :, -1:]), (values, cached.values[:, :, -1:]),
-                (_tensor_of(actual) - before, _tensor_of(output) - before),
-            ]  # fmt: skip
-            error = max(float((one - other).float().norm() / other.float().norm()) for one, other in pairs)
-            worst.append((error, spec))
-        error, self.spec = min(worst, key=lambda entry: entry[0])
-        close = error <= _TOLERANCE.get(before.dtype, 0.0)
-        self.why_different = None if close else f"the block gives other results than the layer ({error:.1%} off)"
+        """Run the step both ways and note whether they agree; what the model sees is its own result.
+
+        The block is compared with the layer's own attention, and the layer around that attention with the whole: behind
+        it the least difference may send a token to other experts.
+        """
+        before, position = args[0].clone(), kwargs["position_embeddings"]
+        tried = [(spec, *self._attend(spec, found, before, kwargs)) for spec in self.parts.candidates(position)]
+        own: list[Tensor] = []
+        self._now.own = own
+        try:
+            output = self._forwards[0](*args, **kwargs)
+        finally:
+            self._now.own = None
+        if len(own) != 1 or own[0].shape != before.shape[:2] + own[0].shape[2:]:
+            self.why_different = "its attention does not run once a step with one output a token"
+            return output
+        attended, cached = own[0][:, 0], kwargs["past_key_values"].layers[self.cache_index]
+        exact = (attended, cached.keys[:, :, -1:], cached.values[:, :, -1:])
+        errors = [(max(map(_off, results, exact)), spec) for spec, *results in tried]
+        error, self.spec = min(errors, key=lambda entry: entry[0])
+        allowed = _TOLERANCE.get(before.dtype, 0.0)
+        self.why_different = None
+        if not error <= allowed:
+            self.why_different = f"the block gives other results than the layer ({error:.1%} off)"
+            return output
+        around = _tensor_of(self._around(attended, before.clone(), **kwargs))
+        error = _off(around - before, _tensor_of(output) - before)
+        if not error <= allowed:
+            self.why_different = f"the layer gives other results around its attention alone ({error:.1%} off)"
         return output
+
+
+def _off(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over that of what is expected; infinite where there is no such number."""
+    if actual.shape != expected.shape:
+        return math.inf
+    difference, size = float((actual - expected).float().norm()), float(expected.float().norm())
+    error = difference / size if size else difference
+    return math.inf if math.isnan(error) else error  # `min` and `max` keep or drop a NaN by where it stands
 
 
 def _tensor_of(output: Any) -> Tensor:
