@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
-from ygglight.engines.decode import Decoder, decoder, fusion
+from ygglight.engines.decode import Decoder, decoder, fused, fusion
 from ygglight.engines.decode.fused import FusedAttention
-from ygglight.kernels.cluster_decode import decode_block
+from ygglight.kernels.cluster_decode import Choice, decode_block
 
 from .test_fused import make
 
@@ -81,6 +83,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
     ways = {name: block(name) for name in ("split_k", "cluster 4")}
     monkeypatch.setattr(fusion, "block_ways", lambda device: (ways, "made up"))
     monkeypatch.setattr(fusion, "timed", timed)
+    monkeypatch.setattr(fused, "choose_path", lambda *args: Choice("cluster", "made up"))
     monkeypatch.setattr(decoder, "Graphs", lambda run: machine.steps.append(Trial(run)) or machine.steps[-1])
     return machine
 
@@ -149,3 +152,53 @@ def test_under_a_block_that_is_in_place_already(machine: Any) -> None:
         write(made, 1)
         assert outer.calls - calls == 3 * 3
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+CPU = torch.device("cpu")
+
+
+def test_clusters_that_would_run_something_else_are_not_measured(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All layers are of float32, which the cluster block does not take."""
+    model, prepared = make("llama"), []
+    machine.seconds = {"plain": 2e-3, "split_k": 3e-3, "cluster 4": 1e-3}
+    monkeypatch.setattr(fused, "choose_path", lambda *args: Choice("split_k", "it takes no float32"))
+
+    def prepare(fused: FusedAttention | None) -> fusion.Trial:
+        prepared.append(fused)
+        return fusion.Trial(lambda: model(TOKENS[None]))
+
+    decision = fusion.decide(model, CPU, prepare, key={"of": "both"})
+    assert set(decision.seconds) == {"plain", "split_k"} and len(prepared) == 2
+    decision = fusion.decide(model, CPU, prepare, cluster_size=4, key={"of": "clusters"})
+    assert decision.way == "plain" and decision.reason == "it takes no float32"
+
+
+@pytest.mark.parametrize(
+    ("failure", "words"),
+    [(torch.OutOfMemoryError, "memory"), (MemoryError, "memory"), (OSError, "OSError: made up")],
+)
+def test_a_lack_of_memory_is_not_remembered(
+    machine: Any, monkeypatch: pytest.MonkeyPatch, failure: type[Exception], words: str
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> Tensor:
+        raise failure("made up")
+
+    model = make("llama")
+    machine.seconds = {"plain": 2e-3, "split_k": 1e-3, "cluster 4": 3e-3}
+    ways = fusion.block_ways(CPU)
+
+    def decide() -> fusion.Decision:
+        def prepare(fused: FusedAttention | None) -> fusion.Trial:
+            cache = DynamicCache(config=model.config)
+            model(TOKENS[None], past_key_values=cache)
+            return fusion.Trial(lambda: model(TOKENS[None, :1], past_key_values=cache), lambda: fused or nullcontext())
+
+        with torch.no_grad():
+            return fusion.decide(model, CPU, prepare, key={})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fusion, "block_ways", lambda device: (dict.fromkeys(ways[0], fails), "made up"))
+        decision = decide()
+    assert decision.way == "plain" and words in decision.reason
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert decide().way == "split_k"

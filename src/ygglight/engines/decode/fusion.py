@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +28,7 @@ PLAIN = "plain"
 GAIN = 0.98
 """What fused steps may take of plain ones at most: less of a gain is within the noise of a short measurement."""
 ROUNDS = 7
+_PASSING = (torch.OutOfMemoryError, MemoryError, OSError)
 
 
 @dataclass(frozen=True)
@@ -105,22 +106,28 @@ def decide(
             if not made[name].fused:
                 refused[name] = _commonest(made[name].reasons)
                 continue
+            choices = made[name].choices
+            if name.startswith("cluster") and all(choice.path != "cluster" for choice in choices):
+                refused[name] = _commonest([choice.reason for choice in choices])  # it would run something else
+                continue
             try:
                 steps[name] = prepare(made[name])
                 _seconds(steps[name], device)
-            except torch.OutOfMemoryError:
+            except _PASSING:
                 raise  # says nothing of the way, and must not be remembered
             except Exception as error:  # clusters that the device cannot hold, tiles that do not compile
                 steps.pop(name, None)
-                refused[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                refused[name] = _told(error)
         return {"seconds": _times(steps, device), "refused": refused}
 
     key = {"what": "fused step", "triton": _triton(), "ways": sorted(ways), **fingerprint(model, device), **key}
     try:
         found = remember(key, measure)
-    except torch.OutOfMemoryError:
+        return _choose(model, found["seconds"], found["refused"], ways, made)
+    except (torch.OutOfMemoryError, MemoryError):
         return Decision(PLAIN, "there was not enough memory to measure fused steps")
-    return _choose(model, found["seconds"], found["refused"], ways, made)
+    except OSError as error:
+        return Decision(PLAIN, f"fused steps could not be measured ({_told(error)})")
 
 
 def _choose(
@@ -218,9 +225,13 @@ def forced(model: nn.Module, cluster_size: int | None = None) -> Decision:
     return Decision(" and ".join(sorted(set(fused.paths))), "asked for, not measured", fused)
 
 
-def _commonest(reasons: list[str | None]) -> str:
+def _commonest(reasons: Sequence[str | None]) -> str:
     told = Counter(reason for reason in reasons if reason is not None)
     return told.most_common(1)[0][0] if told else "the model has no decoder layers that are known"
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _milliseconds(seconds: float) -> str:
