@@ -16,8 +16,9 @@ from torch import Tensor
 from ygglight.engines.decode import Decoder
 from ygglight.engines.decode.processors import NodeProcessors
 from ygglight.engines.decode.stopping import Stopping
-from ygglight.engines.memory.sizes import format_bytes, parse_bytes
+from ygglight.engines.memory.sizes import format_bytes
 from ygglight.engines.moe_speq.acceptance import ChainDrawing
+from ygglight.engines.moe_speq.ahead import Ahead
 from ygglight.engines.moe_speq.attach import Attachment
 from ygglight.engines.moe_speq.budget import Split, split_budget
 from ygglight.engines.moe_speq.calibration import measure_machine
@@ -26,7 +27,6 @@ from ygglight.engines.moe_speq.estimates import HOPE, Outlook
 from ygglight.engines.moe_speq.governor import Cycle, Governor
 from ygglight.engines.moe_speq.layout import find_sites
 from ygglight.engines.moe_speq.link import open_link
-from ygglight.engines.moe_speq.lookahead import steps_until_sent
 from ygglight.engines.moe_speq.loop import Loop, Round
 from ygglight.engines.moe_speq.machine import candidates, widths
 from ygglight.engines.moe_speq.report import Report
@@ -37,8 +37,6 @@ log = logging.getLogger(__name__)
 
 CONTEXT_GRAIN = 512
 """The KV cache grows in steps of so many tokens."""
-WASTE = 0.15
-"""Part of the bytes sent ahead that may turn out to be for nothing before less is sent."""
 
 
 class Engine:
@@ -78,8 +76,7 @@ class Engine:
         self.governor: Governor | None = None
         self._attachment = Attachment()
         self._report = Report()
-        self._share = 1.0  # of what could be sent ahead
-        self._draft_token = 0.0  # seconds a drafted token; 0: not known yet
+        self._ahead: Ahead | None = None
         self._seen: dict[str, int] = {}
         self._told: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
 
@@ -124,6 +121,7 @@ class Engine:
                 self.sites, self.store, slots=slots, staging=split.staging, link=link, draft=self.draft,
                 device=self.device, widths=widths(config.most) if self._adapts else (1,),
             )  # fmt: skip
+            self._ahead = Ahead(config, split, sum(site.experts for site in self.sites), link.speed)
             self._attachment.attach(self.model, self.runtime)
             if self.device != self._home:
                 self.model.to(self.device)
@@ -219,12 +217,10 @@ class Engine:
         self._make_room(len(prompt) + room)
         self._measure()
         self._seen = self._now()  # forwards that were not ours may have come between
-        assert self.decoder is not None
+        assert self.decoder is not None and self._ahead is not None
         loop = Loop(
             self.decoder, runtime, ChainDrawing(processors, do_sample=do_sample, generator=generator), stopping,
-            choose=self._choose, cap=self._cap, to_slots=self._to_slots, pause=self._pause,
-            hides=self._hides,
-            watch=[self._learn] + ([] if watch is None else [watch]),
+            choose=self._choose, ahead=self._ahead, watch=[self._learn] + ([] if watch is None else [watch]),
         )  # fmt: skip
         try:
             yield from loop.run(prompt.to(self.device), shown, limit)
@@ -249,54 +245,29 @@ class Engine:
         if not self._adapts or not self.split.draft or self.governor is not None:
             return
         config, runtime = self.config, self.runtime
-        assert self.decoder is not None and runtime is not None and self.store is not None
+        assert self.decoder is not None and runtime is not None and self.store is not None and self._ahead is not None
         self._count()
         key = {"experts": self.store.kind, "link": dict(config.link or {}), "slots": runtime.slots}
         machine = measure_machine(
-            self.decoder, runtime, config.most, ahead=self._cap() / self.split.slab, slots=self.split.slots,
+            self.decoder, runtime, config.most, ahead=self._ahead.cap / self.split.slab, slots=self.split.slots,
             seconds=config.profile_seconds, key=key,
         )  # fmt: skip
         self._seen, self._told = {}, (Counter(), Counter())
-        self._draft_token = machine.draft_token
+        self._ahead.draft_token = machine.draft_token
         self.governor = Governor(machine, candidates(config.most), config.max_cycle_seconds or math.inf)
-
-    def _cap(self) -> int:
-        """Bytes that may be sent ahead in a cycle."""
-        if not self.config.prefetch:
-            return 0
-        if self.config.prefetch_cap is not None:
-            return parse_bytes(self.config.prefetch_cap)
-        return sum(site.experts for site in self.sites) * self.split.slab
-
-    def _to_slots(self) -> int:
-        """Of these, bytes that may go to slots, and evict somebody."""
-        return min(self._cap(), max(1, int(self._share * self.split.slots * self.split.layers)) * self.split.slab)
-
-    def _pause(self, sent: int) -> int:
-        assert self.runtime is not None
-        return steps_until_sent(self.runtime.link.speed.seconds(sent, sent / self.split.slab), self._draft_token)
-
-    def _hides(self, steps: int) -> float:
-        """Copies that end while so many tokens are drafted."""
-        assert self.runtime is not None
-        return steps * self._draft_token / self.runtime.link.speed.seconds(self.split.slab)
 
     def _learn(self, cycle: Round) -> None:
         """What a cycle was like, for the next ones."""
-        runtime = self.runtime
-        assert runtime is not None
+        runtime, ahead = self.runtime, self._ahead
+        assert runtime is not None and ahead is not None
         now = self._now()
         new = {name: value - self._seen.get(name, 0) for name, value in now.items()}
         self._seen = now
         self._report.chose(cycle.k)
         governor = self.governor
         if cycle.k and (governor is None or governor.warm):
-            taken = cycle.drafting / cycle.k
-            self._draft_token += (0.25 if self._draft_token else 1.0) * (taken - self._draft_token)
-        to_slots = new["prefetched"] - new["streamed"]
-        if to_slots > 0:
-            wasted = (new["unused"] - new["in_vain"] + new["evicted"] + new["displaced"]) / to_slots
-            self._share = min(1.0, max(0.05, self._share * (0.8 if wasted > WASTE else 1.1)))
+            ahead.drafted(cycle.k, cycle.drafting)
+        ahead.learn(new)
         if governor is None:
             return
         missing = max(0, new["misses"] + new["ahead"] - new["displaced"])
@@ -304,7 +275,7 @@ class Engine:
             Cycle(cycle.k, cycle.accepted, new["requests"], missing, new["ahead"], cycle.seconds),
             self._outlook() if governor.due else None,
         )
-        governor.machine = governor.machine.at(runtime.link.speed.seconds(self.split.slab), self._draft_token)
+        governor.machine = governor.machine.at(runtime.link.speed.seconds(self.split.slab), ahead.draft_token)
         if governor.wants_draft():
             self._take_draft(governor)
         elif governor.gives_up():

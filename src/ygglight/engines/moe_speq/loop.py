@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from ygglight.engines.decode import Decoder
 from ygglight.engines.decode.clock import Clock
 from ygglight.engines.decode.stopping import Stopping
 from ygglight.engines.moe_speq.acceptance import ChainDrawing
+from ygglight.engines.moe_speq.ahead import Ahead
 from ygglight.engines.moe_speq.lookahead import observed_steps
 from ygglight.engines.moe_speq.report import Report
 from ygglight.engines.moe_speq.runtime import Runtime
@@ -44,10 +44,7 @@ class Loop:
     Args:
         decoder: Of the model. runtime: Whose experts it runs with. drawing: From logits to tokens.
         stopping: Ends the text. choose: Tokens to draft in the coming cycle, given the most that make sense.
-        cap: Bytes that may be sent ahead in the coming cycle; 0: nothing is. to_slots: Of them, those that may
-            go to slots; the others come through staging.
-        pause: Drafted tokens until more is sent ahead, after so many bytes.
-        hides: Copies that end while so many more tokens are drafted. watch: Called with every cycle.
+        ahead: How much to send ahead. watch: Called with every cycle.
     """
 
     def __init__(
@@ -58,15 +55,11 @@ class Loop:
         stopping: Stopping,
         *,
         choose: Callable[[int], int],
-        cap: Callable[[], int],
-        to_slots: Callable[[], int],
-        pause: Callable[[int], int],
-        hides: Callable[[int], float] = lambda steps: math.inf,
+        ahead: Ahead,
         watch: Sequence[Callable[[Round], None]] = (),
     ) -> None:
         self.decoder, self.runtime, self.drawing, self.stopping = decoder, runtime, drawing, stopping
-        self.choose, self.cap, self.to_slots, self.pause, self.hides = choose, cap, to_slots, pause, hides
-        self.watch = watch
+        self.choose, self.ahead, self.watch = choose, ahead, watch
         self.report = Report(generations=1)
         self.text: list[int] = []
         self._padding = 0
@@ -136,7 +129,7 @@ class Loop:
         """
         drafted: list[Tensor] = []
         distributions: list[Tensor] = []
-        to_slots, left = (self.to_slots(), self.cap()) if k else (0, 0)
+        to_slots, left = (self.ahead.to_slots, self.ahead.cap) if k else (0, 0)
         following = observed_steps(k)  # the first routes alone would choose too narrowly
         places = torch.arange(k, device=text.device)  # at once: to bring a number to a GPU is to wait for it
         token, self.decoder.replays = text[-1:], True
@@ -151,9 +144,11 @@ class Loop:
                 if q is not None:
                     distributions.append(q)
                 if left > 0 and (done + 1 >= following or done + 1 == k):
-                    slotted, staged = self.runtime.prefetch(min(to_slots, left), 1 + self.hides(k - done - 1), left)
+                    slotted, staged = self.runtime.prefetch(
+                        min(to_slots, left), 1 + self.ahead.hides(k - done - 1), left
+                    )
                     to_slots, left = to_slots - slotted, left - slotted - staged
-                    following = done + 1 + self.pause(slotted + staged)
+                    following = done + 1 + self.ahead.pause(slotted + staged)
         finally:
             self.decoder.replays = False
         chain = torch.cat(drafted) if drafted else text[:0]
