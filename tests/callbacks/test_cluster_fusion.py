@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 
 import ygglight  # noqa: F401  (registers the names)
 from ygglight.callbacks import ClusterFusion
-from ygglight.engines.decode import fusion
+from ygglight.engines.decode import fused, fusion
 from ygglight.engines.moe_speq.config import STAGING
-from ygglight.kernels.cluster_decode import decode_block
+from ygglight.kernels.cluster_decode import Choice, decode_block
 from ygglight.strategies import MoESpeQStrategy, YggdrasilStrategy
 
 NEW, PROMPTS, LAYERS = 12, 2, 2
@@ -241,6 +241,7 @@ class Machine:
         ways = {name: self.way(name) for name in seconds if name != fusion.PLAIN}
         monkeypatch.setattr(fusion, "block_ways", lambda device: (ways, "made up"))
         monkeypatch.setattr(fusion, "timed", self.timed)
+        monkeypatch.setattr(fused, "choose_path", lambda *args: Choice("cluster", "made up"))
 
     def way(self, name: str) -> Any:
         def block(*args: Any, **kwargs: Any) -> Tensor:
