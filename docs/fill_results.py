@@ -3,7 +3,8 @@
     python docs/fill_results.py            the newest run of each benchmark on each device
     python docs/fill_results.py --check    exit code 1 when a page differs from the rows that it names
 
-`<!-- results:NAME -->` is the short table, `<!-- results:NAME full -->` has every variant and metric. Rows come from
+`<!-- results:NAME -->` is the short table, `<!-- results:NAME full -->` has every variant and metric, and
+`<!-- results:summary -->` has a line for each system. Rows come from
 `benchmarks/results.csv` and from nowhere else; quick runs never count. Each table names its run, so that a page can be
 held against its own rows after newer ones were appended.
 """
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.record import RESULTS, markdown, mebibytes, read, seconds  # noqa: E402
+from docs import gains  # noqa: E402
 
 Row = Mapping[str, str]
 
@@ -103,7 +105,10 @@ def render(name: str, rows: Sequence[Row], *, full: bool, runs: Sequence[str] | 
         name: of the benchmark. rows: of results.csv. full: every variant and metric. runs: which; None: the newest of
             each device.
     """
-    mine = [row for row in rows if row["benchmark"] == name and row["quick"] != "1"]
+    rows = [row for row in rows if row["quick"] != "1"]
+    if name == "summary":
+        return gains.table(rows, runs) or NOTHING
+    mine = [row for row in rows if row["benchmark"] == name]
     if runs is None:
         key = ("device", "case") if full else ("device",)
         runs = sorted({tuple(row[k] for k in key): row["run"] for row in mine}.values())

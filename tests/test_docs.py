@@ -380,6 +380,22 @@ def test_newer_rows_leave_a_filled_page_valid(filler: Any) -> None:
     assert "| full recompute" in page and "| full recompute" not in newer
 
 
+def test_the_summary_has_a_line_for_each_system_that_was_measured(filler: Any) -> None:
+    page = "<!-- results:summary -->\nnot measured yet\n<!-- /results -->"
+    case, speeds = "qwen2.5", ("plain", "assisted", "best-chain", "yggdrasil")
+    rows = [
+        row(1, name, 1.0, 0, benchmark="yggdrasil", case=case, metrics=f'{{"tokens_per_s": {2.0 + i}}}')
+        for i, name in enumerate(speeds)
+    ]
+    assert filler.fill(page, rows[:-1]) == page, "without its own row it has no line"
+    full = filler.fill(page, rows)
+    assert "| **Yggdrasil** | tokens/s, Qwen2.5-Coder 1.5B | 5.0 | plain 2.0, assisted generation 3.0," in full
+    assert "Adacc" not in full and filler.fill(full, rows, pinned=True) == full
+    newer = [dict(each, run="20260101T000002Z-1", metrics='{"tokens_per_s": 9.0}') for each in rows]
+    assert filler.fill(full, rows + newer, pinned=True) == full != filler.fill(full, rows + newer)
+    assert filler.fill(full.replace("5.0", "7.0"), rows, pinned=True) == full
+
+
 def test_a_variant_that_failed_is_shown(filler: Any) -> None:
     failed = row(1, "adacc-0.5", 0, 0, p50_s="", status="does not fit: floor|high", peak_bytes="", ratios="")
     page = filler.fill(PAGE, [row(1, "plain", 1.0, 200 << 20), failed])
