@@ -79,21 +79,25 @@ CASES = {
     "noisy": replace(_FAST, noise=1.0),
     "mixture": replace(_SLOW, model=MODEL),
     "disk": replace(_SLOW, model=MODEL, bandwidth=None, latency=0.0, disk=True),
+    "gpu": replace(_SLOW, bandwidth=None, latency=0.0, hooked=64),
+    "gpu-large": replace(_SLOW, bandwidth=None, latency=0.0, hooked=64, slots=5),
+    "gpu-noisy": replace(_SLOW, bandwidth=None, latency=0.0, hooked=64, noise=1.0),
 }
-DEFAULTS = ("fast", "slow", "large", "noisy", "mixture", "disk")
+DEFAULTS = {"cpu": ("fast", "slow", "large", "noisy", "mixture", "disk"), "cuda": ("gpu", "gpu-large", "gpu-noisy")}
+"""By device. A GPU has a link of its own, which nothing slows down."""
 
 
-def cases(quick: bool, name: str | None) -> tuple[str, ...]:
+def cases(quick: bool, name: str | None, device: str) -> tuple[str, ...]:
     """Names of the cases to run.
 
     Args:
-        quick: The smallest. name: Of one, or several with commas between them.
+        quick: The smallest. name: Of one, or several with commas between them. device: To run on.
 
     Raises:
         BadInput: there is no such case; the text lists those that there are.
     """
     if name is None:
-        return ("quick",) if quick else DEFAULTS
+        return ("quick",) if quick else DEFAULTS[device]
     names = tuple(name.split(","))
     for each in names:
         if each not in CASES:
@@ -105,23 +109,27 @@ class Subject:
     """A model with its experts in memory, a store with copies of them, and prompts.
 
     Args:
-        case: Which. count: Of prompts.
+        case: Which. count: Of prompts. device: Where the models run.
 
     Raises:
-        Skip: the model is not there; the text says how to make it.
+        Skip: the model is not there (the text says how to make it), or the case is for another device.
     """
 
-    def __init__(self, case: Case, count: int) -> None:
-        self.case = case
+    def __init__(self, case: Case, count: int, device: str = "cpu") -> None:
+        if device != "cpu" and (case.bandwidth is not None or case.disk):
+            raise Skip("links are slowed down, and disks read, on a CPU only: take a size that begins with gpu")
+        self.case, self.device = case, device
         self.model, self.prompts = _MODELS.get(case.model, _mixture)(case, count)
         self.model.generation_config.eos_token_id = None  # all texts are of one length
         own = copy.deepcopy(self.model)  # the store takes these experts; the first ones stay for comparison
         self.store: ExpertStore = store_for(
-            own, find_sites(own), where="disk" if case.disk else "host", device="cpu", drop_cache=case.disk
+            own, find_sites(own), where="disk" if case.disk else "host", device=device, drop_cache=case.disk
         )
         if case.disk and getattr(self.store, "io", "") == "cached":
             raise Skip("this file system reads through the page cache only: a read from it is no read of a disk")
-        self._own = own
+        self._own = own.to(device)
+        self.model.to(device)
+        self.prompts = [prompt.to(device) for prompt in self.prompts]
         gc.collect()
 
     @property
@@ -134,11 +142,11 @@ class Subject:
         """In four bits, by GPTQ, which takes minutes: made once a model. One with noise is rounded to nearest."""
         case, sites = self.case, self.sites
         if case.noise:
-            return DraftExperts.build(sites, NoisyStore(self.store, sites, case.noise), device="cpu")
+            return DraftExperts.build(sites, NoisyStore(self.store, sites, case.noise), device=self.device)
         key = case.model, case.dtype
         if key not in _DRAFTS:
             calibration = None if case.model == "tiny" else _calibrate(self.model, case.model)
-            _DRAFTS[key] = DraftExperts.build(sites, self.store, device="cpu", calibration=calibration)
+            _DRAFTS[key] = DraftExperts.build(sites, self.store, device=self.device, calibration=calibration)
         return _DRAFTS[key]
 
     @cached_property
@@ -147,7 +155,7 @@ class Subject:
         before = os.environ.get(_dispatch.ENVIRONMENT_VARIABLE)
         os.environ[_dispatch.ENVIRONMENT_VARIABLE] = "reference"
         try:
-            return DraftExperts.build(self.sites, self.store, device="cpu")
+            return DraftExperts.build(self.sites, self.store, device=self.device)
         finally:
             del os.environ[_dispatch.ENVIRONMENT_VARIABLE]
             if before is not None:
@@ -177,7 +185,7 @@ class Subject:
         if case.disk:
             link = f"disk ({getattr(self.store, 'io', '')} reads)"
         elif case.bandwidth is None:
-            link = "host memory"
+            link = "host memory" if self.device == "cpu" else "pinned host memory over the device's own link"
         else:
             link = f"link {case.bandwidth / 1e9:g} GB/s + {1000 * case.latency:g} ms"
         noise = f", draft with noise {case.noise:g}" if case.noise else ""
@@ -253,6 +261,7 @@ def _calibrate(model: Any, name: str) -> Calibration:
     tokenizer = hf.load_tokenizer(_found(DENSE if name == COPIES else name))
     text = tokenize(find_sources("gsm8k"), tokenizer, CALIBRATION).tokens[:CALIBRATION].astype("int64")
     blocks = torch.from_numpy(text[: len(text) // BLOCK * BLOCK]).view(-1, BLOCK)
+    blocks = blocks.to(model.device)
     return record(find_sites(model), (partial(model, input_ids=block[None], use_cache=False) for block in blocks))
 
 

@@ -18,11 +18,14 @@ class Carrier:
 
     Args:
         store: Where they are. experts: Of a layer. bandwidth: Bytes a second, or None. latency: Seconds more a tensor.
+        device: Of the buffer.
     """
 
-    def __init__(self, store: ExpertStore, experts: int, bandwidth: float | None, latency: float) -> None:
+    def __init__(
+        self, store: ExpertStore, experts: int, bandwidth: float | None, latency: float, device: torch.device
+    ) -> None:
         self._store, self._bandwidth, self._latency = store, bandwidth, latency
-        self.buffer = torch.empty(experts, store.nbytes, dtype=torch.uint8)
+        self.buffer = torch.empty(experts, store.nbytes, dtype=torch.uint8, device=device)
         self.moved = 0
         self.seconds = 0.0
 
@@ -34,7 +37,11 @@ class Carrier:
         """
         start = time.perf_counter()
         for expert, out in enumerate(self.buffer):
-            self._store.read_into(layer, expert, out)
+            slab = self._store.slab(layer, expert)
+            if slab is None:
+                self._store.read_into(layer, expert, out)
+            else:
+                out.copy_(slab)  # blocks, as accelerate's copies do
         due = 0.0
         if self._bandwidth is not None:
             due = self.buffer.nbytes / self._bandwidth + tensors * self._latency
@@ -82,8 +89,8 @@ def hook_experts(model: Any, store: ExpertStore, bandwidth: float | None, latenc
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
     sites = find_sites(model)
-    carrier = Carrier(store, max(site.experts for site in sites), bandwidth, latency)
+    carrier = Carrier(store, max(site.experts for site in sites), bandwidth, latency, model.device)
     for site in sites:
-        hook = AlignDevicesHook(execution_device="cpu", offload=True, weights_map=Weights(site, carrier))
+        hook = AlignDevicesHook(execution_device=model.device, offload=True, weights_map=Weights(site, carrier))
         add_hook_to_module(site.module, hook)
     return carrier

@@ -96,8 +96,9 @@ def test_a_noisy_draft_is_accepted_less(subject: Subject) -> None:
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadInput, match="there are: quick, fast"):
         moe_speq.run(Options(size="tall"))
-    with pytest.raises(Skip, match="on a CPU only"):
-        moe_speq.run(Options("cuda"))
+    with pytest.raises(Skip, match="begins with gpu"):
+        Subject(CASES["slow"], 1, "cuda")
+    assert all(CASES[name].bandwidth is None for name in moe_models.DEFAULTS["cuda"])
 
     def missing(name: str) -> None:
         raise FileNotFoundError(f"{name!r} is not there yet; this makes it: ygglight fit")
