@@ -64,7 +64,7 @@ class Case:
     latency: float = 0.0
     disk: bool = False
     noise: float = 0.0
-    tokens: int = 64
+    tokens: int = 32
     shortest: int = 128
     hooked: int = 5
 
@@ -79,9 +79,9 @@ CASES = {
     "noisy": replace(_FAST, noise=1.0),
     "mixture": replace(_SLOW, model=MODEL),
     "disk": replace(_SLOW, model=MODEL, bandwidth=None, latency=0.0, disk=True),
-    "gpu": replace(_SLOW, bandwidth=None, latency=0.0, hooked=64),
-    "gpu-large": replace(_SLOW, bandwidth=None, latency=0.0, hooked=64, slots=5),
-    "gpu-noisy": replace(_SLOW, bandwidth=None, latency=0.0, hooked=64, noise=1.0),
+    "gpu": replace(_SLOW, bandwidth=None, latency=0.0, hooked=32),
+    "gpu-large": replace(_SLOW, bandwidth=None, latency=0.0, hooked=32, slots=5),
+    "gpu-noisy": replace(_SLOW, bandwidth=None, latency=0.0, hooked=32, noise=1.0),
 }
 DEFAULTS = {"cpu": ("fast", "slow", "large", "noisy", "mixture", "disk"), "cuda": ("gpu", "gpu-large", "gpu-noisy")}
 """By device. A GPU has a link of its own, which nothing slows down."""

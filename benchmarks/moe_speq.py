@@ -28,9 +28,9 @@ COLUMNS = (
 )  # fmt: skip
 TIES = {"float32": 1e-4, "bfloat16": 0.5}
 """Largest gap between the two best logits at which a text may part from the unoffloaded model's."""
-FIXED = (1, 2, 4, 8)
-WARM = 16
-"""Tokens of a way's first text, which is not timed."""
+FIXED = (2, 4, 8)
+WARM, LEARN = 16, 96
+"""Tokens of a way's first text, which is not timed; of a way that learns."""
 ABLATED = 4
 """The k of the ablations: what ``auto`` chooses depends on what is left out."""
 ROUNDS = 3
@@ -159,7 +159,8 @@ class Bench:
     def expected(self, index: int) -> list[int]:
         """The unoffloaded model's answer."""
         if index not in self._expected:
-            self._expected[index] = Plain("", self).answer(index, self.subject.case.tokens)
+            tokens = self.subject.case.tokens if index >= 0 else max(LEARN, self.subject.case.tokens)
+            self._expected[index] = Plain("", self).answer(index, tokens)
         return self._expected[index]
 
 
@@ -180,7 +181,7 @@ class Way:
     # -- what differs ------------------------------------------------------------------------------------------------
     tokens = property(lambda self: self.case.tokens)
     learns = False
-    """It changes with what it has seen, and warms up on a whole text."""
+    """It changes with what it has seen, and warms up on a longer text."""
 
     def reset(self) -> None:
         """Forget what the last prompt left in slots."""
@@ -214,7 +215,7 @@ class Way:
         return answer
 
     def _prepare(self) -> dict[str, Any]:
-        answer = self.answer(-1, self.tokens if self.learns else min(WARM, self.tokens))
+        answer = self.answer(-1, max(LEARN, self.tokens) if self.learns else min(WARM, self.tokens))
         self._check(-1, answer)
         self.different, self.largest_gap = 0, 0.0
         self.started()

@@ -76,7 +76,7 @@ GAINS = (
     Gain("Adacc", "adacc", "1x1024 tokens", ("plain", "full", "adacc-0.3"), _adacc),
     Gain("Yggdrasil", "yggdrasil", "qwen", ("plain", "assisted", "best-chain", "yggdrasil"), _yggdrasil),
     Gain("Harli", "harli", "Poisson 0.5", ("harli", "capped-1", "split"), _harli),
-    Gain("MoE-SpeQ", "moe_speq", "link 4 GB/s + 0.1 ms, 64", ("accelerate", "lru-sm", "moe-speq"), _moe_speq),
+    Gain("MoE-SpeQ", "moe_speq", "link 4 GB/s + 0.1 ms, 32", ("accelerate", "lru-sm", "moe-speq"), _moe_speq),
     Gain(
         "ClusterFusion", "clusterfusion", "context 4096, 1 layer in a model, bfloat16",
         ("transformers", "transformers-eager", "torch"), _clusterfusion,

@@ -27,10 +27,13 @@ SEEN = 32
 VERDICT_EVERY = 4
 """Cycles from one comparison with the other split of the memory to the next."""
 VERDICTS = 3
-"""Comparisons in a row for the other split before the memory is split anew."""
+"""Comparisons in a row for a draft before it is made."""
+LEAVING = 6
+"""Comparisons in a row against it before it goes. What plain decoding takes is not measured meanwhile, and a machine that
+other work slows down by a fifth for some seconds looks as if the draft did."""
 PAUSE = 256
 """Tokens from the end of a draft to the next one, at least, though it paid while it was there."""
-CLEAR = 0.75
+CLEAR = 0.6
 """A draft this much slower than its memory as slots goes at once."""
 
 
@@ -194,7 +197,7 @@ class Governor:
         best = self.best()
         share = self.theta(best) / self.theta(0) if best else 0.0
         self._verdicts = self._verdicts + 1 if (1 + GAIN) * share < 1 else 0
-        return self._verdicts >= VERDICTS or (self._verdicts > 0 and share < CLEAR)
+        return self._verdicts >= LEAVING or (self._verdicts > 0 and share < CLEAR)
 
     @property
     def untried(self) -> bool:
