@@ -1,4 +1,4 @@
-"""A mixture of experts three ways: whole, experts on demand, and experts foreseen by a 4-bit draft. Same text."""
+"""A mixture of experts three ways: whole, its experts on demand, and by MoE-SpeQ, drafting where it pays. Same text."""
 
 from __future__ import annotations
 
