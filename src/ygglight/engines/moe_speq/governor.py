@@ -29,8 +29,8 @@ VERDICT_EVERY = 4
 VERDICTS = 3
 """Comparisons in a row for a draft before it is made."""
 LEAVING = 6
-"""Comparisons in a row against it before it goes. What plain decoding takes is not measured meanwhile, so that a machine
-which other work slows down by a fifth for some seconds looks as if the draft did."""
+"""Comparisons in a row against it before it goes. What plain decoding takes is not measured meanwhile: a machine that
+other work slows down by a fifth for some seconds looks as if the draft did."""
 PAUSE = 256
 """Tokens from the end of a draft to the next one, at least, though it paid while it was there."""
 CLEAR = 0.6
