@@ -21,8 +21,8 @@ class MoESpeQStrategy(GeneratingStrategy):
     While predict, validate or test runs, the routed experts of every mixture-of-experts model of transformers in the
     LightningModule lie in host memory (or in a file), and a budget of device memory holds those that are used. Where
     that is faster a copy of them in 4 bits drafts the next tokens, and its routes say which experts to fetch while it
-    computes (MoE-SpeQ, arXiv 2511.14102). Any forward of the model works, ``generate`` speculates; the text is that of the unoffloaded
-    model. On a CPU the budget is of memory, and the experts lie on disk.
+    computes (MoE-SpeQ, arXiv 2511.14102). Any forward of the model works, ``generate`` speculates; the text is that of
+    the unoffloaded model. On a CPU the budget is of memory, and the experts lie on disk.
 
     Args:
         expert_budget: Device memory for routed experts, as "8GiB" or in bytes: the draft, the slots of the cache and
