@@ -67,11 +67,12 @@ def run(short: bool, out: Path) -> None:
         flush=True,
     )
     picture = str(out / "moe_speq.png") if offered("plot") else None
+    monitor = MoESpeQMonitor(picture=picture)
     options: dict[str, Any] = {"experts": "host", "link": LINK, "progress": False}
     results = [
         _generate("whole", module, "auto", count),
         _generate("on demand", module, MoESpeQStrategy(budget, draft_bits=None, **options), count),
-        _generate("moe-speq", module, MoESpeQStrategy(budget, k=k, **options), count, [MoESpeQMonitor(picture=picture)]),
+        _generate("moe-speq", module, MoESpeQStrategy(budget, k=k, **options), count, [monitor]),
     ]
     print(table(results))
     report = results[-1].report
