@@ -7,7 +7,7 @@ import gc
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ygglight.demos.moe_speq import DENSE, copies
 from ygglight.engines.moe_speq.config import STAGING
 from ygglight.engines.moe_speq.draft import DraftExperts
 from ygglight.engines.moe_speq.layout import Site, find_sites
-from ygglight.engines.moe_speq.quantize import Calibration, record
+from ygglight.engines.moe_speq.quantize import Calibration, passes, record
 from ygglight.engines.moe_speq.stores import ExpertStore, store_for
 from ygglight.kernels import _dispatch
 
@@ -37,8 +37,8 @@ TINY: dict[str, Any] = {
     "initializer_range": 0.2, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
     "tie_word_embeddings": False,
 }  # fmt: skip
-CALIBRATION, BLOCK = 8192, 512
-"""Tokens of text for GPTQ, as `ygglight convert moe-draft` takes, and of a pass over it."""
+CALIBRATION = 8192
+"""Tokens of text for GPTQ, as `ygglight convert moe-draft` takes."""
 PROMPT = "Question: {}\nAnswer:"
 """As the model was trained."""
 
@@ -246,8 +246,7 @@ def _copies(case: Case, count: int) -> tuple[Any, list[Tensor]]:
     dense: Any = hf.load_causal_lm(directory, dtype=torch.float32)
     tokenizer = hf.load_tokenizer(directory)
     questions = read_prompts("gsm8k-test")
-    text = tokenizer("\n\n".join(questions[-64:]), return_tensors="pt").input_ids[:, :2048]
-    model = copies(dense, text).to(getattr(torch, case.dtype))
+    model = copies(dense, tokenizer).to(getattr(torch, case.dtype))
     prompts = (
         tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -260,9 +259,7 @@ def _copies(case: Case, count: int) -> tuple[Any, list[Tensor]]:
 def _calibrate(model: Any, name: str) -> Calibration:
     tokenizer = hf.load_tokenizer(_found(DENSE if name == COPIES else name))
     text = tokenize(find_sources("gsm8k"), tokenizer, CALIBRATION).tokens[:CALIBRATION].astype("int64")
-    blocks = torch.from_numpy(text[: len(text) // BLOCK * BLOCK]).view(-1, BLOCK)
-    blocks = blocks.to(model.device)
-    return record(find_sites(model), (partial(model, input_ids=block[None], use_cache=False) for block in blocks))
+    return record(find_sites(model), passes(model, torch.from_numpy(text).to(model.device)))
 
 
 def _greedy(model: Any) -> Any:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,8 @@ from ygglight.engines.moe_speq.config import STAGING, Config
 from ygglight.engines.moe_speq.draft import DraftExperts
 from ygglight.engines.moe_speq.engine import Engine
 from ygglight.engines.moe_speq.layout import find_sites
-from ygglight.engines.moe_speq.quantize import Calibration, record
+from ygglight.engines.moe_speq.quantize import Calibration, passes, record
 
-BLOCK = 512
-"""Tokens of a calibration pass."""
 KINDS = ("moe-draft",)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -93,18 +90,10 @@ def _calibrate(model: Any, store: Any, directory: Path, sources: list[Any], toke
     budget = (len(sites) + STAGING) * store.nbytes
     engine = Engine(model, Config(budget, draft_bits=None), store=store).attach()
     try:
-        return record(sites, _passes(model, text), tokens)
+        with _bar("calibration tokens") as step:
+            return record(sites, passes(model, text, step), tokens)
     finally:
         engine.detach()
-
-
-def _passes(model: Any, text: torch.Tensor) -> Iterator[Callable[[], Any]]:
-    # No mode is held over a yield: whoever has enough does not come back.
-    run = torch.inference_mode()(functools.partial(model, use_cache=False))
-    with _bar("calibration tokens") as step:
-        for at in range(0, len(text), BLOCK):
-            yield functools.partial(run, input_ids=text[None, at : at + BLOCK])
-            step(min(at + BLOCK, len(text)), len(text))
 
 
 class _bar:

@@ -91,20 +91,20 @@ def model(new: int) -> tuple[CausalLM, str]:
     """
     module = CausalLM(DENSE, max_new_tokens=new, chat=True)
     dense: Any = hf.load_causal_lm(module.directory, dtype=torch.float32)
-    text = "\n\n".join(read_prompts("gsm8k-test")[-64:])
-    ids = module.tokenizer(text, return_tensors="pt")["input_ids"][:, :2048]
-    module.model = copies(dense, ids)
+    module.model = copies(dense, module.tokenizer)
     module.eval()
     return module, f"{DENSE} with every feed-forward network in {EXPERTS} copies, {TOP_K} of them a token"
 
 
 @torch.no_grad()
-def copies(dense: Any, ids: Tensor) -> Any:
-    """A mixture of copies, and routers that follow the clusters of a text.
+def copies(dense: Any, tokenizer: Any) -> Any:
+    """A mixture of copies, and routers that follow the clusters of what each layer sees of some questions.
 
     Args:
-        dense: A Llama. ids: int64 ``[1, n]``, of the text.
+        dense: A Llama. tokenizer: Its own.
     """
+    text = "\n\n".join(read_prompts("gsm8k-test")[-64:])
+    ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :2048]
     moe = upcycle(dense, range(dense.config.num_hidden_layers), EXPERTS, TOP_K).eval()
     layers: Any = hf.decoder_layers(moe)
     gates = [layer.mlp.gate for layer in layers]

@@ -163,7 +163,7 @@ class Engine:
         yield
         if sum(runtime.stats.requests) != asked:
             runtime.stats.reset()
-            self._seen, self._told = {}, (Counter(), Counter())
+            self._told = Counter(), Counter()
 
     def detach(self) -> None:
         """Give the model its experts back, and everything else free; again: nothing.
@@ -177,7 +177,7 @@ class Engine:
             if self.device != self._home:
                 self.model.to(self._home)
         self._attachment.detach()
-        self._seen, self._told = {}, (Counter(), Counter())
+        self._told = Counter(), Counter()
         self.runtime = self.decoder = self.governor = self.draft = None
         if runtime is not None:
             runtime.close()
@@ -252,7 +252,7 @@ class Engine:
             self.decoder, runtime, config.most, ahead=self._ahead.cap / self.split.slab, slots=self.split.slots,
             seconds=config.profile_seconds, key=key,
         )  # fmt: skip
-        self._seen, self._told = {}, (Counter(), Counter())
+        self._told = Counter(), Counter()
         self._ahead.draft_token = machine.draft_token
         self.governor = Governor(machine, candidates(config.most), config.max_cycle_seconds or math.inf)
 

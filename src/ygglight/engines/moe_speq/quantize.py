@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,12 +14,14 @@ from ygglight.engines.moe_speq.layout import Site
 from ygglight.kernels.expert_gemm import GROUPS, pack_codes
 from ygglight.kernels.expert_gemm.int4 import SCALE_DTYPE, ZERO
 
-__all__ = ["Calibration", "choose_group", "quantize_gptq", "quantize_nearest", "record"]
+__all__ = ["Calibration", "choose_group", "passes", "quantize_gptq", "quantize_nearest", "record"]
 
 DAMPING = 0.01
 """Added to the diagonal of GPTQ's Hessian, of its mean; as in the paper."""
 LEVELS = 7.5
 """A group's largest weight in scales: the finest scale whose codes -8 to 7 leave no error above half a scale."""
+BLOCK = 512
+"""Tokens of a calibration pass."""
 MAX_TOKENS = 16384
 """Tokens of a layer that calibration keeps: with 8 of 128 experts a token some thousand rows an expert."""
 
@@ -130,6 +133,19 @@ class Calibration:
             ``[S, H]``.
         """
         return self.hidden[site][(self.index[site] == expert).any(dim=-1)]
+
+
+def passes(model: Any, text: Tensor, progress: Callable[[int, int], None] | None = None) -> Iterator[Callable[[], Any]]:
+    """Forwards over a text, for :func:`record`.
+
+    Args:
+        model: A causal language model. text: int64 ``[n]``, on its device. progress: Called with (tokens done, in all).
+    """
+    run = torch.inference_mode()(partial(model, use_cache=False))  # no mode is held over a yield
+    for at in range(0, len(text), BLOCK):
+        yield partial(run, input_ids=text[None, at : at + BLOCK])
+        if progress is not None:
+            progress(min(at + BLOCK, len(text)), len(text))
 
 
 def record(sites: Sequence[Site], runs: Iterable[Callable[[], Any]], tokens: int = MAX_TOKENS) -> Calibration:
